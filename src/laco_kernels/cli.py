@@ -1,0 +1,202 @@
+"""The command line, ``laco``. Exit codes: 0 done, 1 a check failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"laco needs {missing.name}, which is not installed. Run: pip install 'laco_kernels[bench]'") from None
+
+import torch
+
+from laco_kernels.errors import complaint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+app = typer.Typer(
+    help="Visual-token compression for multimodal LLMs: look at the machine, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+out_console, err_console = Console(), Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a refusal of what the user asked for into one line and exit code 2."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
+        _complain(str(error))
+        raise typer.Exit(2) from None
+
+
+def _complain(message: str) -> None:
+    err_console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Print versions, devices, and which implementations are available."""
+    from laco_kernels.bench.environment import environment, implementations
+
+    report = environment()
+    if as_json:
+        _print_json({**report, "implementations": implementations()})
+        return
+    for name, value in report.items():
+        text = ", ".join(value) if isinstance(value, list) else value
+        out_console.print(f"{name:<14} {text or 'none'}", markup=False, highlight=False, soft_wrap=True)
+    out_console.print("\nimplementations")
+    for name, reason in implementations().items():
+        text = "available" if reason is None else f"not available: {reason}"
+        out_console.print(f"  {name:<12} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@bench.command()
+def vec(
+    images: Annotated[list[Path] | None, typer.Argument(help="Photos or folders of photos; default: a bundled one.")] = None,
+    encoder: Annotated[str, typer.Option(help="A known encoder, a checkpoint's folder, or a hub name.")] = "aimv2-l-336",
+    depths: Annotated[str, typer.Option(help="Where to merge, as fractions of the depth.")] = "1/12,1/6,1/4,1/2,1",
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile'd encoders.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds; at least 5, at most 200 are run.")] = 45,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and a picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what compressing at each depth does to the vision encoding cost (VEC) of a real encoder on real photos.
+
+    Known encoders: aimv2-l-336, siglip-so400m-384, internvit-300m-448, clip-l-336; they run with random weights, on which
+    time does not depend.
+    """
+    with usage_errors():
+        import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
+        from laco_kernels.bench import cases, report, system
+        from laco_kernels.bench import images as photos
+
+        _quiet_transformers()
+        wanted = cases.parse_depths(depths)
+        place, precision = _device(device), _dtype(dtype, device)
+        if out is not None:
+            report.check_folder(out)
+        opened, failures = photos.load_images(photos.find_images(images or []))
+        for file, reason in failures.items():
+            _complain(f"{file}: {reason}")
+        if not opened:
+            raise typer.Exit(1)
+        with _progress() as step:
+            step("loading the encoder")
+            known = encoder in cases.encoder_names()
+            processor = photos.load_processor(str(cases.FOLDER / encoder) if known else encoder)
+            model, weights = system.load_encoder(encoder)
+            pixels = photos.batches(opened, processor, batch)
+            model.to(place, precision)
+    try:
+        with _progress() as step:
+            result = system.measure_vec(
+                model,
+                encoder,
+                wanted,
+                pixels,
+                weights=weights,
+                images=len(opened),
+                compiled=compiled,
+                rounds=rounds,
+                seconds=seconds,
+                on_step=step,
+            )
+    except torch.OutOfMemoryError:
+        _complain(complaint("batch", batch, f"a batch that fits into the memory of {place}", "Pass a smaller --batch"))
+        raise typer.Exit(2) from None
+    if not as_json:
+        out_console.print(report.headline(result), style="bold", highlight=False)
+        out_console.print(report.table(result))
+        out_console.print(report.legend(result), highlight=False, style="dim")
+        out_console.print(f"On {report.machine(result)}", highlight=False, style="dim")
+    paths: list[Path] = []
+    unwritten = None
+    try:
+        paths = report.write(result, out) if out is not None else []
+    except OSError as error:
+        unwritten = complaint("out", f"{str(out)!r} ({error.strerror})", "a folder that can be written to", "Choose another")
+    if as_json:
+        _print_json({**result.to_dict(), "failed_images": failures, "files": [str(path) for path in paths]})
+    for path in paths:
+        err_console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if unwritten is not None:
+        _complain(unwritten)
+        raise typer.Exit(2)
+    if failures or not all(row.correct for row in result.rows):
+        raise typer.Exit(1)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "cpu, cuda or cuda:N"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(complaint("device", repr(name), expected, "Pass --device cpu")) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(complaint("device", repr(name), expected, "Pass --device cpu"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        given = f"{name!r} with {torch.cuda.device_count()} GPUs in this machine"
+        raise ValueError(complaint("device", given, "a device that exists", "Pass --device cpu"))
+    return device
+
+
+def _dtype(name: str | None, device: str | None) -> torch.dtype:
+    if name is None:
+        return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(complaint("dtype", repr(name), f"one of {', '.join(DTYPES)}", "Pass --dtype float32"))
+    return DTYPES[name]
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """Show the current step and the time it takes on a terminal's standard error, and nothing elsewhere."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal) as progress:
+        task = progress.add_task("")
+        yield lambda description: progress.update(task, description=description)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

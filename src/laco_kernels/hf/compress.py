@@ -1,0 +1,259 @@
+"""Put a token merge inside a vision encoder: :func:`compress`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from laco_kernels.errors import complaint
+from laco_kernels.geometry import integer
+from laco_kernels.hf.encoders import FAMILIES
+from laco_kernels.hf.mixins import CompressedEncoder, CompressionConfig
+from laco_kernels.nn import PatchMergeLayer
+from laco_kernels.ops.checks import check_choice
+from laco_kernels.ops.patch_merge import LAYOUTS
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+COMPRESSORS = ("laco",)
+DEFAULT_DEPTH = Fraction(1, 4)
+
+
+def compress(
+    encoder: PreTrainedModel | PreTrainedConfig | str | PathLike[str],
+    *,
+    depth: float | Fraction | None = None,
+    layer: int | None = None,
+    compressor: str = "laco",
+    ratio: int = 2,
+    layout: str = "block",
+    **options: Any,
+) -> CompressedEncoder:
+    """Return ``encoder`` with its tokens merged ``ratio x ratio`` to one after one of its layers (LaCo).
+
+    The layers behind the merge run on ``N' = ceil(H / ratio) * ceil(W / ratio)`` tokens; class tokens pass through. The
+    result is a transformers model of its own registered class: ``save_pretrained``, ``AutoModel.from_pretrained``,
+    gradient checkpointing, ``output_hidden_states``, ``torch.compile`` and PEFT work as usual. Its parameters keep the
+    stock names; the new ones are ``<layers>.<layer - 1>.merge.*``.
+
+    Args:
+        encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``; or a
+            config of one (random weights); or a local folder or hub name of a checkpoint in safetensors format, also
+            of a larger model that contains one. The weights of a *model* are shared with the result, not copied, and
+            ``encoder`` itself stays usable; pass ``copy.deepcopy(encoder)`` to keep the two apart.
+        depth: where to merge as a fraction of the depth, in ``(0, 1]``; layers are rounded half up, and 1 merges behind
+            the last layer, in front of the final norm. 1/4 if neither ``depth`` nor ``layer`` is given.
+        layer: the same as a number of layers, 1 to ``num_hidden_layers``.
+        compressor: ``"laco"``.
+        ratio: side of a window in patches, at least 2. Grids it does not divide are zero-padded.
+        layout: ``"block"`` (default) lets tokens lie window by window in front of the merge, which is then a view;
+            ``"raster"`` gathers the windows instead. Outputs are the same, and always in raster order.
+        **options: options of :class:`laco_kernels.nn.PatchMergeLayer`: ``hidden_dim``, ``residual``, ``norm``, ``bias``,
+            ``zero_init_last``, ``approximate``.
+
+    Returns:
+        The compressed encoder, on the device, in the dtype and in the training mode of ``encoder``.
+
+    Raises:
+        TypeError: ``encoder`` is not a supported kind of object or class, or an option has the wrong type.
+        ValueError: an argument is out of range or contradicts another one, ``encoder`` is compressed already, or a
+            checkpoint lacks weights of the encoder.
+        RuntimeError: a checkpoint cannot be read, for instance a hub name without a network.
+    """
+    check_choice("compressor", compressor, COMPRESSORS)
+    check_choice("layout", layout, LAYOUTS)
+    config, source = _resolve(encoder)
+    stock = _stock_class(config)
+    config_class, model_class = FAMILIES[stock]
+    compression = {
+        "layer": _layer(depth, layer, config.num_hidden_layers),
+        "compressor": compressor,
+        "ratio": integer("ratio", ratio, 2),
+        "layout": layout,
+        "options": options,
+    }
+    _check_options(config_class, config, compression)
+    inherited = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    compressed = config_class(**inherited, compression=compression, attn_implementation=config._attn_implementation)
+    if source is None:
+        return model_class(compressed)
+    return _share_weights(load_stock(source) if isinstance(source, str) else source, model_class, compressed)
+
+
+def load_stock(source: str) -> PreTrainedModel:
+    """Load the stock vision encoder of a checkpoint, which may be that of a larger model (CLIP, InternVL, LLaVA).
+
+    Args:
+        source: a local folder or hub name; weights in safetensors format.
+
+    Raises:
+        TypeError: the checkpoint holds no supported encoder.
+        ValueError: it lacks weights of the encoder.
+        RuntimeError: it cannot be read.
+    """
+    config, _ = _resolve(source)
+    stock = _stock_class(config)
+    try:
+        model, info = stock.from_pretrained(
+            source,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            # Inside a larger model the encoder's keys have the tower's prefix.
+            key_mapping={r"^(model\.)?(vision_tower\.vision_model|vision_tower|vision_model)\.": ""},
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(source, error) from error
+    lacking = [*sorted(info["missing_keys"]), *map(str, info["mismatched_keys"])]
+    if lacking:
+        given = f"{source!r}, which lacks or misshapes {', '.join(lacking[:3])}"
+        remedy = f"Load the encoder with transformers and pass the {stock.__name__} itself"
+        raise ValueError(complaint("encoder", given, f"all weights of a {stock.__name__}", remedy))
+    return model
+
+
+def layer_at(depth: float | Fraction, num_layers: int) -> int:
+    """Return the layer, 1 to ``num_layers``, that lies at ``depth`` in ``(0, 1]``; half a layer rounds up."""
+    return max(1, math.floor(depth * num_layers + Fraction(1, 2)))
+
+
+def _layer(depth: float | Fraction | None, layer: int | None, num_layers: int) -> int:
+    if depth is not None and layer is not None:
+        raise ValueError(complaint("depth", f"{depth} together with layer={layer}", "one of the two", "Drop one of them"))
+    if layer is not None:
+        layer = integer("layer", layer, 1)
+        if layer > num_layers:
+            remedy = f"Pass layer={num_layers} to compress behind the encoder"
+            raise ValueError(complaint("layer", layer, f"1 to {num_layers}, the layers of this encoder", remedy))
+        return layer
+    depth = DEFAULT_DEPTH if depth is None else depth
+    if isinstance(depth, bool) or not isinstance(depth, (int, float, Fraction)):
+        raise TypeError(complaint("depth", repr(depth), "a number in (0, 1]", "Pass a fraction such as depth=1/4"))
+    if not 0 < depth <= 1:
+        remedy = "Pass a fraction such as depth=1/4, or layer=... for a number of layers"
+        raise ValueError(complaint("depth", depth, "a fraction in (0, 1]", remedy))
+    return layer_at(depth, num_layers)
+
+
+def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str | None]:
+    """Return the vision config and what to take weights from: a model, a checkpoint's name, or nothing."""
+    config: PreTrainedConfig
+    source: PreTrainedModel | str | None = None
+    if isinstance(encoder, PreTrainedModel):
+        config, source = encoder.config, encoder
+    elif isinstance(encoder, PreTrainedConfig):
+        config = getattr(encoder, "vision_config", encoder)
+    elif isinstance(encoder, (str, Path)):
+        source = str(encoder)
+        config = _read_config(source)
+        config = getattr(config, "vision_config", config)
+    else:
+        remedy = "Pass the vision model itself"
+        expected = "a transformers vision model, a config, a local folder or a hub name"
+        raise TypeError(complaint("encoder", type(encoder).__name__, expected, remedy))
+    if isinstance(config, CompressionConfig):
+        given = f"a {config.model_type} that merges after layer {config.compression['layer']}"
+        raise ValueError(complaint("encoder", given, "one that is not compressed yet", "Compress the stock encoder instead"))
+    return config, source
+
+
+def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    for stock in FAMILIES:
+        if type(config) is stock.config_class:
+            return stock
+    names = ", ".join(stock.__name__ for stock in FAMILIES)
+    remedy = "Pass a vision model of one of these families"
+    if hasattr(config, "vision_config"):
+        remedy = "Pass the vision tower inside it, such as model.vision_model or model.model.vision_tower"
+    raise TypeError(complaint("encoder", f"a model of type {config.model_type!r}", f"one of {names}", remedy))
+
+
+def _check_options(config_class: type[CompressionConfig], config: PreTrainedConfig, compression: dict[str, Any]) -> None:
+    """Refuse options that the merge layer would refuse, or that an encoder cannot use, before any weights are touched."""
+    fixed = ("out_dim", "prefix_tokens", "pad", "device", "dtype", "dim")
+    for name in compression["options"]:
+        if name in fixed:
+            given = repr(compression["options"][name])
+            raise TypeError(complaint(name, given, "no value, since the encoder decides it", f"Drop {name}"))
+    try:
+        PatchMergeLayer(
+            config.hidden_size,
+            compression["ratio"],
+            prefix_tokens=config_class.prefix_tokens,
+            device="meta",
+            **compression["options"],
+        )
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        known = "hidden_dim, residual, norm, bias, zero_init_last, approximate"
+        given = ", ".join(compression["options"])
+        raise TypeError(complaint("options", given, f"some of {known}", "Correct the spelling")) from None
+
+
+def _share_weights(
+    encoder: PreTrainedModel, model_class: type[CompressedEncoder], config: PreTrainedConfig
+) -> CompressedEncoder:
+    """Build the compressed model around the very parameters and buffers of ``encoder``."""
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    own = set(_names(model))
+    extra = [name for name in _names(encoder) if name not in own]
+    lacking = [name for name in own if ".merge." not in name and name not in set(_names(encoder))]
+    if extra or lacking:
+        given = f"a {type(encoder).__name__} with changed parameters ({', '.join(sorted(extra + lacking)[:3])}, ...)"
+        remedy = "Merge or remove adapters and quantisation first, and add them after compressing"
+        raise ValueError(complaint("encoder", given, "the stock parameters", remedy))
+    for owner, name, tensor in _tensors(encoder):
+        target = model.get_submodule(owner)
+        if isinstance(tensor, torch.nn.Parameter):
+            target.register_parameter(name, tensor)
+        else:
+            target._buffers[name] = tensor
+    merge = model.merging_layer.merge
+    merge.to_empty(device=encoder.device).to(encoder.dtype)
+    merge.reset_parameters()
+    model.train(encoder.training)
+    if getattr(encoder, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _names(model: PreTrainedModel) -> list[str]:
+    return [f"{owner}.{name}" for owner, name, _ in _tensors(model)]
+
+
+def _tensors(model: PreTrainedModel) -> list[tuple[str, str, torch.Tensor]]:
+    """All parameters and buffers, non-persistent ones included, as (module, name in it, tensor)."""
+    return [
+        (owner, name, tensor)
+        for owner, module in model.named_modules()
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    ]
+
+
+def _read_config(source: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> RuntimeError:
+    reason = str(error).strip().splitlines()[0]
+    if Path(source).is_dir():
+        expected = "a folder with config.json and model.safetensors"
+        remedy = "Save the model with save_pretrained, or convert a pickled checkpoint to safetensors"
+    else:
+        expected = "an existing local folder, or a hub name with a network or a filled cache"
+        remedy = "Check the spelling and the connection, or download the checkpoint and pass its folder"
+    return RuntimeError(complaint("encoder", f"{source!r} ({reason})", expected, remedy))

@@ -1,0 +1,158 @@
+"""What turns a stock vision encoder of transformers into a compressed one, whatever its family.
+
+Three mixins, each put in front of a stock class: embeddings that order the patches window by window, an encoder layer with
+a merge as child module, and the model that holds both together. Parameters keep their stock names; the only new ones are
+``<layers>.<k - 1>.merge.*``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from laco_kernels.errors import complaint
+from laco_kernels.geometry import Windows
+from laco_kernels.nn import PatchMergeLayer
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+
+class CompressionConfig:
+    """Mixin for the config of a compressed encoder.
+
+    ``compression`` is a dictionary: ``layer`` (tokens are merged after it, counted from 1), ``compressor``, ``ratio``,
+    ``layout`` and the compressor's own ``options``.
+    """
+
+    model_type: ClassVar[str]
+    prefix_tokens: ClassVar[int]
+    compression: Any
+    hidden_size: int
+    patch_size: int | list[int] | tuple[int, ...]
+
+
+def windows_of(config: CompressionConfig, pixel_values: torch.Tensor) -> Windows:
+    """Return the windows of images ``[B, 3, height, width]``."""
+    patch = config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+    return Windows(grid, config.compression["ratio"], config.prefix_tokens, pad=True)
+
+
+def inner_layout(config: CompressionConfig, windows: Windows) -> str:
+    """Return how patch tokens lie between the embeddings and the merge.
+
+    An odd grid keeps raster order: padding tokens must not enter attention, so there are no complete blocks.
+    """
+    return config.compression["layout"] if windows.is_even else "raster"
+
+
+class BlockOrderEmbeddings(nn.Module):
+    """Mixin for embeddings that hand on the patch tokens window by window.
+
+    The encoders' positions are added once, here, and their attention is global and unmasked; the layers in front of the
+    merge do not notice the order, and the merge itself becomes a view.
+    """
+
+    def __init__(self, config: CompressionConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Embed images ``[B, 3, height, width]`` into ``[B, P + N, C]``."""
+        tokens = super().forward(pixel_values, *args, **kwargs)
+        windows = windows_of(self.config, pixel_values)
+        return windows.to_block_order(tokens) if inner_layout(self.config, windows) == "block" else tokens
+
+
+class MergingLayer(nn.Module):
+    """Mixin for the encoder layer that merges its output's tokens."""
+
+    def __init__(self, config: CompressionConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.windows: Windows | None = None
+        self.merge = PatchMergeLayer(
+            config.hidden_size,
+            config.compression["ratio"],
+            prefix_tokens=config.prefix_tokens,
+            pad=True,
+            **config.compression["options"],
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Hand the image size on as an argument, so that a recomputation in the backward pass sees that of its forward."""
+        return super().__call__(*args, windows=self.windows, **kwargs)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, windows: Windows, **kwargs: Any) -> torch.Tensor:
+        """Run the stock layer on ``[B, P + N, C]``, then merge into ``[B, P + N', C]``."""
+        hidden_states = super().forward(hidden_states, *args, **kwargs)
+        merged = self.merge(hidden_states, windows.grid, layout=inner_layout(self.config, windows))
+        # Under autocast the merge computes in the lower precision; the residual stream keeps its own.
+        return merged.to(hidden_states.dtype)
+
+
+class CompressedEncoder(PreTrainedModel):
+    """Mixin for a vision model with one :class:`MergingLayer`.
+
+    Outputs are in raster order: ``last_hidden_state`` and ``hidden_states[layer:]`` have ``P + N'`` tokens, the states
+    before the merge are those of the stock model.
+    """
+
+    layers_path: ClassVar[str]
+    layer_class: ClassVar[type[MergingLayer]]
+    embeddings_class: ClassVar[type[BlockOrderEmbeddings]]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if not config.compression:
+            given = f"a {type(config).__name__} without compression"
+            remedy = "Build the model with laco_kernels.hf.compress"
+            raise ValueError(complaint("config", given, "one that says where and how tokens are merged", remedy))
+        super().__init__(config)
+        self.embeddings = self.embeddings_class(config)
+        self.get_submodule(self.layers_path)[config.compression["layer"] - 1] = self.layer_class(config)
+        self.post_init()
+
+    @property
+    def merging_layer(self) -> MergingLayer:
+        """The encoder layer whose output is merged."""
+        return self.get_submodule(self.layers_path)[self.config.compression["layer"] - 1]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The merge itself may count as initialised, having no parameters of its own: its children are what is passed here.
+        merge = getattr(self.merging_layer, "merge", None)
+        if merge is not None and any(module is part for part in merge.modules()):
+            merge.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self, pixel_values: torch.Tensor, *args: Any, return_dict: bool | None = None, **kwargs: Any
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Encode images ``[B, 3, height, width]``; arguments and outputs are the stock model's."""
+        windows = windows_of(self.config, pixel_values)
+        # InternVL's encoder hands no keyword arguments on to its layers, so the image size travels as an attribute.
+        self.merging_layer.windows = windows
+        outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
+        if inner_layout(self.config, windows) == "block":
+            self._restore_raster_order(outputs, windows)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _restore_raster_order(self, outputs: ModelOutput, windows: Windows) -> None:
+        layer = self.config.compression["layer"]
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(
+                windows.to_raster_order(state) if state is not None and i < layer else state
+                for i, state in enumerate(outputs.hidden_states)
+            )
+        if outputs.attentions is not None:
+            outputs.attentions = tuple(
+                windows.to_raster_order(windows.to_raster_order(weights, 2), 3) if i < layer else weights
+                for i, weights in enumerate(outputs.attentions)
+            )

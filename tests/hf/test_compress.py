@@ -1,0 +1,205 @@
+"""What a compressed encoder computes, on all four families."""
+
+import copy
+
+import pytest
+import torch
+
+import laco_kernels as lk
+from laco_kernels import reference
+from laco_kernels.geometry import Windows
+
+from .encoders import PREFIX, STOCK, compressed, pixels, stock
+
+pytestmark = pytest.mark.parametrize("family", STOCK)
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def by_hand(encoder, model, images, layer, ratio, side):
+    """Stock layers, the reference merge in raster order, and stock layers again; then the model's own final norm."""
+    path = "encoder.layer" if hasattr(encoder.encoder, "layer") else "encoder.layers"
+    layers = encoder.get_submodule(path)
+    states = encoder(images, output_hidden_states=True).hidden_states
+    merge = model.merging_layer.merge
+    windows = Windows((side, side), ratio, model.config.prefix_tokens, pad=True)
+    mlp = merge.linear1.weight, merge.linear1.bias, merge.linear2.weight, merge.linear2.bias
+    state = reference.patch_merge(states[layer], *mlp, windows=windows, residual_kind=merge.residual)
+    for block in layers[layer:]:
+        state = block(state) if "internvl" in encoder.config.model_type else block(state, attention_mask=None)
+    for name in ("rms_norm", "post_layernorm", "layernorm"):
+        if hasattr(encoder, name) and "clip_" not in encoder.config.model_type:  # CLIP norms the class token only
+            state = getattr(encoder, name)(state)
+    return state
+
+
+@pytest.mark.parametrize("layout", ["block", "raster"])
+@pytest.mark.parametrize(("side", "ratio", "layer"), [(4, 2, 1), (4, 2, 2), (4, 2, 4), (5, 2, 2), (6, 3, 3), (4, 4, 2)])
+def test_it_is_stock_layers_around_a_merge(family, layout, side, ratio, layer):
+    encoder, images = stock(family, side), pixels(side)
+    model = compressed(encoder, layer=layer, ratio=ratio, layout=layout)
+    with torch.no_grad():
+        actual = model(images).last_hidden_state
+        torch.testing.assert_close(actual, by_hand(encoder, model, images, layer, ratio, side), **EXACT)
+    windows = -(-side // ratio)
+    assert actual.shape == (2, PREFIX[family] + windows**2, 32)
+
+
+@pytest.mark.parametrize("options", [{"residual": "channel_group"}, {"residual": "none"}, {"norm": "layer_norm"}])
+def test_block_layout_equals_raster_layout(family, options):
+    encoder, images = stock(family), pixels()
+    block = compressed(encoder, **options)
+    raster = compressed(encoder, **options, layout="raster")
+    raster.load_state_dict(block.state_dict())
+    outputs = [
+        model.set_attn_implementation("eager") or model(images, output_hidden_states=True, output_attentions=True)
+        for model in (block, raster)
+    ]
+    assert len(outputs[0].hidden_states) == 5
+    assert len(outputs[0].attentions) == 4
+    for one, other in zip(
+        outputs[0].hidden_states + outputs[0].attentions, outputs[1].hidden_states + outputs[1].attentions, strict=True
+    ):
+        torch.testing.assert_close(one, other, **EXACT)
+    torch.testing.assert_close(outputs[0].last_hidden_state, outputs[1].last_hidden_state, **EXACT)
+
+
+def test_states_before_the_merge_are_those_of_the_stock_encoder(family):
+    encoder, images = stock(family), pixels()
+    model = compressed(encoder, layer=3)
+    expected = encoder(images, output_hidden_states=True).hidden_states
+    actual = model(images, output_hidden_states=True).hidden_states
+    for i in range(3):
+        torch.testing.assert_close(actual[i], expected[i], **EXACT)
+    assert [state.shape[1] - PREFIX[family] for state in actual] == [16, 16, 16, 4, 4]
+
+
+def test_outputs_as_a_tuple(family):
+    model = compressed(stock(family))
+    images = pixels()
+    whole = model(images, output_hidden_states=True)
+    parts = model(images, output_hidden_states=True, return_dict=False)
+    assert isinstance(parts, tuple)
+    torch.testing.assert_close(parts[0], whole.last_hidden_state)
+    torch.testing.assert_close(parts[-1][0], whole.hidden_states[0])
+
+
+def test_it_shares_weights_and_leaves_the_stock_encoder_alone(family):
+    encoder, images = stock(family), pixels()
+    before = copy.deepcopy(encoder.state_dict())
+    expected = encoder(images).last_hidden_state
+    model = compressed(encoder)
+    assert not model.training
+    own = dict(model.named_parameters())
+    assert all(own[name] is parameter for name, parameter in encoder.named_parameters())
+    assert {name for name in own if name not in dict(encoder.named_parameters())} == merge_keys(model)
+    model(images)
+    assert torch.equal(encoder(images).last_hidden_state, expected)
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
+def merge_keys(model, layer=0):
+    path = f"{model.layers_path}.{layer}.merge"
+    return {f"{path}.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+
+
+def test_it_keeps_mode_dtype_and_frozen_parameters(family):
+    encoder = stock(family, dtype=torch.bfloat16).train().requires_grad_(False)
+    encoder.gradient_checkpointing_enable()
+    model = lk.hf.compress(encoder)
+    assert model.training
+    assert model.is_gradient_checkpointing
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == merge_keys(model)
+
+
+def test_an_untrained_merge_is_average_pooling(family):
+    encoder, images = stock(family), pixels()
+    model = lk.hf.compress(encoder, layer=2)
+    states = encoder(images, output_hidden_states=True).hidden_states
+    pooled = reference.residual(states[2], Windows((4, 4), 2, PREFIX[family]), "mean")
+    merged = model(images, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(merged[:, PREFIX[family] :], pooled, **EXACT)
+
+
+def test_a_config_gives_random_weights(family):
+    config = stock(family).config
+    torch.manual_seed(0)
+    model = lk.hf.compress(config, depth=1)
+    assert type(model) is type(lk.hf.compress(stock(family)))
+    merge = model.merging_layer.merge
+    assert merge.linear1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert merge.linear2.weight.abs().sum() == 0
+    assert model(pixels(dtype=torch.float32)).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_gradient_checkpointing_gives_the_same_gradients(family, side):
+    model = compressed(stock(family, side), layer=2).train()
+    images = pixels(side)
+    gradients = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(images).last_hidden_state.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert merge_keys(model, 1) <= gradients[0].keys()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, **EXACT)
+
+
+def test_a_recomputation_uses_the_image_size_of_its_own_forward(family):
+    options = {"interpolate_pos_encoding": True} if family in ("siglip", "clip") else {}
+    changes = {"is_native": True} if family == "aimv2" else {}
+    model = compressed(stock(family, **changes), layer=2).train()
+    wide, tall = torch.randn(1, 3, 28, 112, dtype=torch.float64), torch.randn(1, 3, 112, 28, dtype=torch.float64)
+    gradients = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        output = model(wide, **options).last_hidden_state
+        model(tall, **options)
+        output.square().sum().backward()
+        gradients.append(model.merging_layer.merge.linear1.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(family, implementation):
+    encoder = stock(family)
+    encoder.set_attn_implementation(implementation)
+    model = compressed(encoder)
+    assert model.config._attn_implementation == implementation
+    other = compressed(stock(family))
+    torch.testing.assert_close(model(pixels()).last_hidden_state, other(pixels()).last_hidden_state, **EXACT)
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_it_compiles_without_a_graph_break(family, side):
+    model = compressed(stock(family, side, dtype=torch.float32))
+    images = pixels(side, dtype=torch.float32)
+    torch._dynamo.reset()
+    whole = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(images).last_hidden_state, model(images).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_trains_the_merge_beside_lora(family):
+    from peft import LoraConfig, get_peft_model
+
+    model = compressed(stock(family, dtype=torch.float32))
+    expected = model(pixels(dtype=torch.float32)).last_hidden_state
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["merge"]))
+    actual = tuned.get_base_model()(pixels(dtype=torch.float32)).last_hidden_state
+    torch.testing.assert_close(actual, expected)
+    actual.square().sum().backward()
+    trained = {name for name, p in tuned.named_parameters() if p.requires_grad and p.grad is not None}
+    assert sum("merge.modules_to_save" in name for name in trained) == 4
+    assert all("lora" in name or "merge" in name for name in trained)
+
+
+def test_autocast_keeps_the_residual_streams_dtype(family):
+    model = compressed(stock(family, dtype=torch.float32), layer=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model(pixels(dtype=torch.float32), output_hidden_states=True).hidden_states
+    assert states[1].dtype == states[2].dtype

@@ -1,0 +1,164 @@
+"""The command line, through its runner and once as a real process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from laco_kernels.bench import cases
+from laco_kernels.cli import app
+
+from .hf.encoders import stock
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A checkpoint folder of a small SigLIP with a real image processor."""
+    folder = tmp_path / "encoder"
+    stock("siglip", side=6, dtype=torch.float32).save_pretrained(folder)
+    settings = json.loads((cases.FOLDER / "siglip-so400m-384" / "preprocessor_config.json").read_text())
+    settings["size"] = {"height": 84, "width": 84}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def laco(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def vec(encoder, *arguments):
+    return laco("bench", "vec", "--encoder", encoder, "--device", "cpu", "--depths", "1/4,1/2", "--rounds", 2, *arguments)
+
+
+def test_env():
+    done = laco("env")
+    assert done.exit_code == 0
+    assert torch.__version__ in done.output
+    assert "reference    available" in done.output
+    report = json.loads(laco("env", "--json").output)
+    assert report["torch"] == torch.__version__
+    assert report["implementations"]["reference"] is None
+    assert "no triton kernels" in report["implementations"]["triton"]
+
+
+def test_bench_vec_measures_every_depth(encoder, tmp_path):
+    out = tmp_path / "a" / "b"
+    done = vec(encoder, "--out", out, "--batch", 2)
+    assert done.exit_code == 0, done.output
+    assert "36 tokens in, 2 interleaved rounds" in done.output
+    assert max(map(len, done.stdout.replace(str(out), "").splitlines())) <= 80
+    (path,) = out.glob("*.json")
+    result = json.loads(path.read_text())
+    rows = {row["depth"]: row for row in result["rows"]}
+    assert [row["layer"] for row in result["rows"]] == [1, 2, 4]
+    assert {row["tokens"] for row in rows.values()} == {9}
+    assert rows["1"]["ratio"]["median"] == 1
+    assert rows["1/4"]["gflops"] < rows["1/2"]["gflops"] < rows["1"]["gflops"]
+    assert rows["1/4"]["added_parameters"] == 32 * 4 * 32 + 32 + 32 * 32 + 32
+    assert all(row["correct"] and row["peak_mib"] > 0 for row in rows.values())
+    assert result["weights"] == "checkpoint"
+    assert result["batch"] == 2
+    markdown = path.with_suffix(".md").read_text()
+    assert markdown.count("\n| @") == 3
+    assert f"({path.stem}.png)" in markdown
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.size[0] > 800
+
+
+def test_a_second_run_overwrites_nothing(encoder, tmp_path):
+    vec(encoder, "--out", tmp_path / "out")
+    first = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert vec(encoder, "--out", tmp_path / "out").exit_code == 0
+    assert all(path.read_bytes() == content for path, content in first.items())
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_json_is_the_only_thing_on_standard_output(encoder):
+    done = vec(encoder, "--json")
+    assert json.loads(done.stdout)["rounds"] == 2
+
+
+def test_bfloat16_and_compile(encoder):
+    result = json.loads(vec(encoder, "--json", "--dtype", "bfloat16", "--compile").stdout)
+    assert (result["dtype"], result["compiled"]) == ("bfloat16", True)
+    assert all(row["correct"] for row in result["rows"])
+
+
+def test_a_wrong_result_is_a_failed_check(encoder, monkeypatch):
+    from laco_kernels import reference
+
+    exact = reference.space_to_depth
+    # A fault of the view only: block layout differs from raster.
+    monkeypatch.setattr(
+        reference, "space_to_depth", lambda x, w, layout="raster": exact(x, w, layout) * (1.01 if layout == "block" else 1)
+    )
+    done = vec(encoder)
+    assert done.exit_code == 1
+    assert "NO" in done.output
+
+
+def test_bad_images_are_named_and_the_others_measured(encoder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.effect_noise((90, 70), 60).save(photos / "good.png")
+    (photos / "bad.png").write_bytes(b"")
+    done = vec(encoder, photos, "--json")
+    assert done.exit_code == 1
+    result = json.loads(done.stdout)
+    assert result["images"] == 1
+    assert list(result["failed_images"]) == [str(photos / "bad.png")]
+    assert "bad.png: an empty file" in done.stderr
+    (photos / "good.png").unlink()
+    done = vec(encoder, photos)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depths", "2"], "depths: got '2', expected fractions in (0, 1]"),
+        (["--dtype", "int8"], "dtype: got 'int8', expected one of float32, bfloat16, float16"),
+        (["--device", "tpu"], "device: got 'tpu', expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "device: got 'cuda:99'"),
+        (["--encoder", "no/such-encoder"], "encoder: got 'no/such-encoder'"),
+        (["--out", "/proc/nowhere"], "out: got '/proc/nowhere' (No such file or directory), expected a folder that can be"),
+        (["--out", __file__], "expected a folder that can be written to"),
+        (["missing.jpg"], "images: got missing.jpg, which does not exist"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(encoder, arguments, message):
+    done = vec(encoder, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_compressed_checkpoint_is_refused(encoder):
+    import laco_kernels as lk
+
+    folder = encoder.parent / "compressed"
+    lk.hf.compress(encoder).save_pretrained(folder)
+    shutil.copy(encoder / "preprocessor_config.json", folder)
+    done = vec(folder)
+    assert done.exit_code == 2
+    assert "expected one that is not compressed yet" in done.stderr
+
+
+def test_as_a_process_without_a_terminal(encoder):
+    command = [Path(sys.executable).parent / "laco", "bench", "vec", "--encoder", encoder, "--rounds", "2"]
+    env = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "@1/12" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+    assert done.stderr == ""

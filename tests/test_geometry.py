@@ -1,0 +1,75 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laco_kernels.geometry import Windows, check_grid, integer
+
+from .strategies import windows
+
+
+@given(windows())
+def test_counts_agree_with_an_enumeration(w):
+    height, width = w.grid
+    cells = {(y // w.ratio, x // w.ratio) for y in range(height) for x in range(width)}
+    assert w.num_windows == len(cells)
+    assert w.out_grid == (1 + max(y for y, _ in cells), 1 + max(x for _, x in cells))
+    assert w.num_tokens == w.prefix_tokens + height * width
+    assert w.num_output_tokens == w.prefix_tokens + len(cells)
+    assert w.is_even == (w.padding == (0, 0))
+
+
+@given(windows())
+def test_split_puts_every_patch_into_its_window(w):
+    height, width = w.grid
+    patches = torch.arange(1, height * width + 1).reshape(1, -1, 1)
+    split = w.split(patches)[0, :, :, 0]
+    for i, window in enumerate(split):
+        for j, value in enumerate(window):
+            y = i // w.out_grid[1] * w.ratio + j // w.ratio
+            x = i % w.out_grid[1] * w.ratio + j % w.ratio
+            assert value == (y * width + x + 1 if y < height and x < width else 0)
+
+
+@given(windows(pad=False), st.integers(0, 2))
+def test_block_order_is_undone_by_raster_order(w, dim):
+    shape = [2, 3, 4]
+    shape[dim] = w.num_tokens
+    tokens = torch.randn(shape)
+    block = w.to_block_order(tokens, dim)
+    assert torch.equal(w.to_raster_order(block, dim), tokens)
+    assert torch.equal(block.narrow(dim, 0, w.prefix_tokens), tokens.narrow(dim, 0, w.prefix_tokens))
+
+
+@given(windows(pad=False))
+def test_windows_of_block_order_are_views(w):
+    tokens = torch.randn(2, w.num_tokens, 3)
+    block = w.to_block_order(tokens)[:, w.prefix_tokens :]
+    assert torch.equal(block.unflatten(1, (w.num_windows, -1)), w.split(tokens[:, w.prefix_tokens :]))
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", None])
+def test_integer_refuses_what_is_none(value):
+    with pytest.raises(TypeError, match=r"ratio: got .*, expected an integer of at least 2\. Pass ratio as an int"):
+        integer("ratio", value, 2)
+
+
+def test_integer_takes_anything_with_an_index():
+    assert integer("ratio", torch.tensor(3), 2) == 3
+    with pytest.raises(ValueError, match="ratio: got 1, expected an integer of at least 2"):
+        integer("ratio", 1, 2)
+
+
+@pytest.mark.parametrize("grid", [24, (24,), (1, 2, 3), "24x24", None])
+def test_grid_refuses_what_is_no_pair(grid):
+    with pytest.raises(TypeError, match=r"grid: got .*, expected \(height, width\) in patches"):
+        check_grid(grid)
+
+
+def test_a_grid_that_does_not_divide_says_how_to_pad():
+    with pytest.raises(ValueError, match=r"grid: got 27 x 27, expected both sides divisible by 2\. Pass pad=True"):
+        Windows((27, 27), 2)
+    with pytest.raises(ValueError, match="grid height: got 0"):
+        Windows((0, 4), 2)
+    with pytest.raises(ValueError, match="prefix_tokens: got -1"):
+        Windows((4, 4), 2, -1)

@@ -1,0 +1,39 @@
+"""The README says nothing that is not so: its examples run, its numbers are those on record."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["encoder", "operators"])
+def test_examples_run_as_written(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "compressed" in names:
+        assert capsys.readouterr().out.split("\n")[:2] == ["torch.Size([1, 576, 1024])", "torch.Size([1, 144, 1024])"]
+        state = names["compressed"].state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in names["reloaded"].state_dict().items())
+    else:
+        assert names["y"].shape == (2, 145, 64)
+        assert names["z"].shape == (2, 144, 64)
+        assert names["w"].shape == (2, 576, 64)
+
+
+def test_the_table_is_the_recorded_one():
+    section = re.search(r"<!-- (vec-\S+) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    picture = re.search(r"!\[.*?\]\((benchmarks/results/\S+)\.png\)", section[2])
+    assert picture[1].rpartition("/")[2].startswith(section[1])
+    assert (ROOT / f"{picture[1]}.png").is_file()
+    recorded = (ROOT / f"{picture[1]}.md").read_text()
+    rows = [line for line in recorded.splitlines() if line.startswith("|")]
+    assert len(rows) == 7
+    assert [line for line in section[2].splitlines() if line.startswith("|")] == rows
+    machine = re.search(r"^Measured on .*$", recorded, re.MULTILINE)[0]
+    assert machine in section[2]
