@@ -98,12 +98,12 @@ def picture(result: VecResult, path: Path) -> None:
     axes.errorbar(xs, share, yerr=[low, high], color=MEASURED, marker="o", capsize=3, label="measured (p20 to p80)")
     for x, y, row in zip(xs, share, rows, strict=True):
         text = f"{row.vec_ms.median:.0f} ms" if row.vec_ms.median >= 100 else f"{row.vec_ms.median:.1f} ms"
-        axes.annotate(text, (x, y), xytext=(0, -18), textcoords="offset points", ha="center", color=MEASURED)
+        axes.annotate(text, (x, y), xytext=(6, -16), textcoords="offset points", ha="left", color=MEASURED)
     published = [(x, 100 / row.paper_ratio) for x, row in zip(xs, rows, strict=True) if row.paper_ratio]
     if published:
         axes.plot(*zip(*published, strict=True), color=PAPER, marker="s", linestyle="--", label="LaCo paper")
     axes.set_xticks(xs, [f"@{row.depth}\nlayer {row.layer}" for row in rows])
-    axes.set_xlim(-0.4, len(rows) - 0.6)
+    axes.set_xlim(-0.3, len(rows) - 0.4)
     axes.set_ylim(0, 110)
     axes.set_xlabel(f"where 2 x 2 tokens are merged ({result.tokens_in} tokens in, {rows[0].tokens} out)")
     axes.set_ylabel("vision encoding cost, % of @1")
