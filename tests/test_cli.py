@@ -45,7 +45,7 @@ def test_env():
     report = json.loads(laco("env", "--json").output)
     assert report["torch"] == torch.__version__
     assert report["implementations"]["reference"] is None
-    assert "no triton kernels" in report["implementations"]["triton"]
+    assert "no CUDA kernels yet" in report["implementations"]["cuda"]
 
 
 def test_bench_vec_measures_every_depth(encoder, tmp_path):

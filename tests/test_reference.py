@@ -70,7 +70,7 @@ def test_patch_merge_is_conv_gelu_conv_plus_pooling(data, approximate, residual,
         expected = as_tokens(conv2(F.gelu(conv1(as_image(x, w)), approximate=approximate)))
         if residual == "mean":
             expected += reference.residual(x, w, "mean")
-        actual = reference.patch_merge(
+        actual, _ = reference.patch_merge_forward(
             x,
             conv1.weight.permute(0, 2, 3, 1).flatten(1),
             conv1.bias,
@@ -93,7 +93,7 @@ def test_strided_conv_gelu_is_conv2d(data, approximate):
     with torch.no_grad():
         expected = as_tokens(F.gelu(conv(as_image(x, w)), approximate=approximate))
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        actual = reference.strided_conv_gelu(x, weight, conv.bias, windows=w, approximate=approximate)
+        actual, _ = reference.strided_conv_gelu_forward(x, weight, conv.bias, windows=w, approximate=approximate)
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
@@ -102,7 +102,7 @@ def test_multi_block_linear_gelu_is_a_sum_over_blocks(blocks, prefix, batch):
     xs = [random(batch, prefix + 5, 3) for _ in range(blocks)]
     weight, bias = random(4, blocks * 3), random(4)
     total = bias + sum(x[:, prefix:] @ weight[:, 3 * i : 3 * i + 3].t() for i, x in enumerate(xs))
-    actual = reference.multi_block_linear_gelu(xs, weight, bias, prefix_tokens=prefix)
+    actual, _ = reference.multi_block_linear_gelu_forward(xs, weight, bias, prefix_tokens=prefix)
     torch.testing.assert_close(actual, F.gelu(total), **EXACT)
 
 
@@ -110,8 +110,8 @@ def test_multi_block_linear_gelu_is_a_sum_over_blocks(blocks, prefix, batch):
 def test_block_layout_gives_what_raster_layout_gives(w, residual):
     x = random(2, w.num_tokens, 4)
     weights = random(5, 4 * w.ratio**2), random(5), random(4, 5), random(4)
-    raster = reference.patch_merge(x, *weights, windows=w, residual_kind=residual)
-    block = reference.patch_merge(w.to_block_order(x), *weights, windows=w, residual_kind=residual, layout="block")
+    raster, _ = reference.patch_merge_forward(x, *weights, windows=w, residual_kind=residual)
+    block, _ = reference.patch_merge_forward(w.to_block_order(x), *weights, windows=w, residual_kind=residual, layout="block")
     torch.testing.assert_close(block, raster, **EXACT)
 
 
@@ -135,34 +135,71 @@ def test_patch_merge_is_internvl_pixel_shuffle_and_projector():
     shuffled = InternVLModel.pixel_shuffle(None, x.reshape(2, 6, 6, 8), 0.5).flatten(1, 2)
     assert torch.equal(reference.space_to_depth(x, w), shuffled)
     linear1, linear2 = projector.linear_1, projector.linear_2
-    actual = reference.patch_merge(
+    actual, _ = reference.patch_merge_forward(
         x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, windows=w, residual_kind="none"
     )
     torch.testing.assert_close(actual, projector(shuffled), rtol=0, atol=1e-10)
 
 
-GRADCHECK = [
-    pytest.param(grid, residual, approximate, id=f"{grid[0]}x{grid[1]}-{residual}-{approximate}")
-    for grid, residual, approximate in itertools.product([(4, 2), (3, 5)], ["mean", "channel_group", "none"], ["none", "tanh"])
-]
+GRADIENTS = list(
+    itertools.product(
+        [((4, 2), "raster"), ((3, 5), "raster"), ((4, 4), "block")], ["mean", "channel_group", "none"], ["none", "tanh"]
+    )
+)
 
 
-@pytest.mark.parametrize(("grid", "residual", "approximate"), GRADCHECK)
-def test_gradients_of_patch_merge(grid, residual, approximate):
+def check_backward(forward, backward, inputs, tensor_inputs):
+    """``backward(grad, pre, needs)`` against autograd through the eager ``forward``, all and one gradient at a time."""
+    inputs = [t.requires_grad_() for t in inputs]
+    y, pre = forward(*tensor_inputs(inputs))
+    grad = torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, grad)
+    actual = backward(grad, pre, [True] * len(inputs))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    for i in range(len(inputs)):
+        needs = [i == j for j in range(len(inputs))]
+        alone = backward(grad, pre, needs)
+        assert [gradient is not None for gradient in alone] == needs
+        torch.testing.assert_close(alone[i], expected[i], **EXACT)
+
+
+@pytest.mark.parametrize(("shape", "residual", "approximate"), GRADIENTS)
+def test_backward_of_patch_merge_is_its_gradient(shape, residual, approximate):
+    grid, layout = shape
     w = Windows(grid, 2, prefix_tokens=1, pad=True)
-    inputs = [t.requires_grad_() for t in (random(2, w.num_tokens, 2), random(3, 8), random(3), random(2, 3), random(2))]
+    options = {"windows": w, "residual_kind": residual, "approximate": approximate, "layout": layout}
+    inputs = [random(2, w.num_tokens, 2), random(3, 8), random(3), random(2, 3), random(2)]
+    x, weight1, _, weight2, _ = inputs
+    check_backward(
+        lambda *args: reference.patch_merge_forward(*args, **options),
+        lambda grad, pre, needs: reference.patch_merge_backward(grad, x, pre, weight1, weight2, needs, **options),
+        inputs,
+        lambda tensors: tensors,
+    )
 
-    def merge(*args):
-        return reference.patch_merge(*args, windows=w, residual_kind=residual, approximate=approximate)
 
-    assert torch.autograd.gradcheck(merge, inputs)
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_backward_of_strided_conv_gelu_is_its_gradient(ratio):
+    options = {"windows": Windows((3, 4), ratio, prefix_tokens=2, pad=True), "approximate": "tanh"}
+    inputs = [random(2, 14, 2), random(3, 2 * ratio**2), random(3)]
+    x, weight, _ = inputs
+    check_backward(
+        lambda *args: reference.strided_conv_gelu_forward(*args, **options),
+        lambda grad, pre, needs: reference.strided_conv_gelu_backward(grad, x, pre, weight, needs, **options),
+        inputs,
+        lambda tensors: tensors,
+    )
 
 
-def test_gradients_of_the_other_two():
-    w = Windows((3, 4), 2, prefix_tokens=1, pad=True)
-    conv = [t.requires_grad_() for t in (random(2, w.num_tokens, 2), random(3, 8), random(3))]
-    assert torch.autograd.gradcheck(lambda *args: reference.strided_conv_gelu(*args, windows=w), conv)
-    fusion = [t.requires_grad_() for t in (random(2, 4, 2), random(2, 4, 2), random(3, 4), random(3))]
-    assert torch.autograd.gradcheck(
-        lambda a, b, *args: reference.multi_block_linear_gelu([a, b], *args, prefix_tokens=1), fusion
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_backward_of_multi_block_linear_gelu_is_its_gradient(blocks):
+    options = {"prefix_tokens": 1, "approximate": "none"}
+    inputs = [*[random(2, 4, 2) for _ in range(blocks)], random(3, 2 * blocks), random(3)]
+    *xs, weight, _ = inputs
+    check_backward(
+        lambda *args: reference.multi_block_linear_gelu_forward(*args, **options),
+        lambda grad, pre, needs: reference.multi_block_linear_gelu_backward(grad, xs, pre, weight, needs, **options),
+        inputs,
+        lambda tensors: (tensors[:blocks], *tensors[blocks:]),
     )

@@ -130,6 +130,14 @@ class Windows:
         windows = image.reshape(batch, height, r, width, r, channels).transpose(2, 3)
         return windows.reshape(batch, self.num_windows, r * r, channels)
 
+    def join(self, windows: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`split`: ``[B, N', r * r, C] -> [B, N, C]``, padding dropped."""
+        batch, _, _, channels = windows.shape
+        (height, width), r = self.out_grid, self.ratio
+        image = windows.reshape(batch, height, width, r, r, channels).transpose(2, 3)
+        image = image.reshape(batch, height * r, width * r, channels)[:, : self.grid[0], : self.grid[1]]
+        return image.reshape(batch, self.num_patches, channels)
+
     def to_block_order(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Put the patch tokens along ``dim`` (``P + N`` entries in raster order) window by window; the prefix stays first."""
         return self._reorder(tokens, dim, blocks_first=True)

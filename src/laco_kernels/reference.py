@@ -1,7 +1,8 @@
 """The specification: the three operators and the residual in plain, differentiable PyTorch.
 
 Written to be read. Everything runs on any device and in any floating dtype (float64 for checks) and computes in the dtype
-it is given. Arguments are taken as they are; :mod:`laco_kernels.ops` validates them.
+it is given. Arguments are taken as they are; :mod:`laco_kernels.ops` validates them. Forward functions return the output and
+the pre-activation, whatever ``save`` says of it: here it has been computed anyway.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ def residual(x: torch.Tensor, windows: Windows, kind: str, layout: str = "raster
     return tokens.sum(2) / windows.split(ones).sum(2)
 
 
-def patch_merge(
+def gelu_backward(grad: torch.Tensor, pre: torch.Tensor, approximate: str) -> torch.Tensor:
+    """``grad * gelu'(pre)``."""
+    return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
+
+
+def patch_merge_forward(
     x: torch.Tensor,
     weight1: torch.Tensor,
     bias1: torch.Tensor | None,
@@ -60,42 +66,155 @@ def patch_merge(
     residual_kind: str = "mean",
     approximate: str = "none",
     layout: str = "raster",
-) -> torch.Tensor:
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LaCo's patch merge layer: ``y = W2 gelu(W1 S(x) + b1) + b2 + R(S(x))``.
 
-    ``x [B, P + N, C]``, ``weight1 [hidden, r * r * C]``, ``weight2 [C_out, hidden]`` ``-> [B, P + N', C_out]``. Prefix
-    tokens pass through unchanged.
+    ``x [B, P + N, C]``, ``weight1 [hidden, r * r * C]``, ``weight2 [C_out, hidden]`` ``-> [B, P + N', C_out]`` and the
+    pre-activation ``W1 S(x) + b1 [B, N', hidden]``. Prefix tokens pass through unchanged.
     """
-    hidden = F.gelu(F.linear(space_to_depth(x, windows, layout), weight1, bias1), approximate=approximate)
-    y = F.linear(hidden, weight2, bias2)
+    pre = F.linear(space_to_depth(x, windows, layout), weight1, bias1)
+    y = F.linear(F.gelu(pre, approximate=approximate), weight2, bias2)
     if residual_kind != "none":
         y = y + residual(x, windows, residual_kind, layout)
     if windows.prefix_tokens:
         y = torch.cat([x[:, : windows.prefix_tokens], y], dim=1)
-    return y
+    return y, pre
 
 
-def strided_conv_gelu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, approximate: str = "none"
-) -> torch.Tensor:
-    """First half of STF's spatial fusion: ``y = gelu(conv_{k x k, stride k}(x) + b) = gelu(W S(x) + b)``.
+def patch_merge_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    residual_kind: str = "mean",
+    approximate: str = "none",
+    layout: str = "raster",
+) -> list[torch.Tensor | None]:
+    """Gradients of x, weight1, bias1, weight2, bias2 where ``needs`` asks for them, else ``None``.
 
-    ``x [B, P + N, C]``, ``weight [out, k * k * C]`` ``-> [B, N', out]``. Prefix tokens are dropped.
+    With ``g = dL/dy``: ``dW2 = g^T gelu(pre)``, ``dpre = (g W2) gelu'(pre)``, ``dW1 = dpre^T S(x)``,
+    ``dx = S^T(dpre W1 + R^T g)``, and biases get the sums over tokens.
     """
-    return F.gelu(F.linear(space_to_depth(x, windows), weight, bias), approximate=approximate)
+    g = grad[:, windows.prefix_tokens :]
+    dx = dweight1 = dbias1 = dweight2 = dbias2 = None
+    if needs[3]:
+        dweight2 = _outer(g, F.gelu(pre, approximate=approximate))
+    if needs[4]:
+        dbias2 = g.sum((0, 1))
+    if any(needs[:3]):
+        dpre = gelu_backward(g @ weight2, pre, approximate)
+        if needs[0]:
+            dmerged = dpre @ weight1
+            if residual_kind != "none":
+                dmerged = dmerged + residual_backward(g, windows, residual_kind)
+            dx = _to_tokens(dmerged, grad[:, : windows.prefix_tokens], windows, layout)
+        if needs[1]:
+            dweight1 = _outer(dpre, space_to_depth(x, windows, layout))
+        if needs[2]:
+            dbias1 = dpre.sum((0, 1))
+    return [dx, dweight1, dbias1, dweight2, dbias2]
 
 
-def multi_block_linear_gelu(
+def residual_backward(g: torch.Tensor, windows: Windows, kind: str) -> torch.Tensor:
+    """``R^T g``: ``[B, N', C] -> [B, N', r * r * C]``; what falls on padding is to be dropped."""
+    area = windows.ratio**2
+    if kind == "channel_group":
+        return (g / area).repeat_interleave(area, dim=-1)
+    if not windows.is_even:
+        ones = torch.ones(1, windows.num_patches, 1, dtype=g.dtype, device=g.device)
+        return (g / windows.split(ones).sum(2)).repeat(1, 1, area)
+    return (g / area).repeat(1, 1, area)
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Sum over batch and tokens of ``left^T right``."""
+    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+
+
+def _to_tokens(merged: torch.Tensor, prefix: torch.Tensor, windows: Windows, layout: str) -> torch.Tensor:
+    """Transpose of :func:`space_to_depth`, with ``prefix`` in front."""
+    tokens = merged.unflatten(2, (windows.ratio**2, -1))
+    patches = windows.join(tokens) if layout == "raster" else tokens.flatten(1, 2)
+    return torch.cat([prefix, patches], dim=1)
+
+
+def strided_conv_gelu_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    windows: Windows,
+    approximate: str = "none",
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First layer of STF's spatial fusion: ``y = gelu(conv_{k x k, stride k}(x) + b) = gelu(W S(x) + b)``.
+
+    ``x [B, P + N, C]``, ``weight [out, k * k * C]`` ``-> [B, N', out]`` and the pre-activation. Prefix tokens are dropped.
+    """
+    pre = F.linear(space_to_depth(x, windows), weight, bias)
+    return F.gelu(pre, approximate=approximate), pre
+
+
+def strided_conv_gelu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    approximate: str = "none",
+) -> list[torch.Tensor | None]:
+    """Gradients of x, weight and bias where ``needs`` asks for them: ``dx = S^T(dpre W)``, ``dW = dpre^T S(x)``."""
+    dpre = gelu_backward(grad, pre, approximate)
+    no_prefix = grad.new_zeros(grad.shape[0], windows.prefix_tokens, x.shape[2])
+    return [
+        _to_tokens(dpre @ weight, no_prefix, windows, "raster") if needs[0] else None,
+        _outer(dpre, space_to_depth(x, windows)) if needs[1] else None,
+        dpre.sum((0, 1)) if needs[2] else None,
+    ]
+
+
+def multi_block_linear_gelu_forward(
     xs: Sequence[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
     prefix_tokens: int = 0,
     approximate: str = "none",
-) -> torch.Tensor:
+    save: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """First 1x1 convolution of MBTF's multi-block fusion: ``y = gelu(W [x_1; ...; x_M] + b)``.
 
-    ``M`` outputs ``[B, P + N, C]`` of encoder blocks, ``weight [out, M * C]`` ``-> [B, N, out]``. Prefix tokens are dropped.
+    ``M`` outputs ``[B, P + N, C]`` of encoder blocks, ``weight [out, M * C]`` ``-> [B, N, out]`` and the pre-activation.
+    Prefix tokens are dropped.
     """
     stacked = torch.cat([x[:, prefix_tokens:] for x in xs], dim=-1)
-    return F.gelu(F.linear(stacked, weight, bias), approximate=approximate)
+    pre = F.linear(stacked, weight, bias)
+    return F.gelu(pre, approximate=approximate), pre
+
+
+def multi_block_linear_gelu_backward(
+    grad: torch.Tensor,
+    xs: Sequence[torch.Tensor],
+    pre: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    prefix_tokens: int = 0,
+    approximate: str = "none",
+) -> list[torch.Tensor | None]:
+    """Gradients of the ``M`` blocks, weight and bias where ``needs`` asks for them: ``dx_m = dpre W_m``."""
+    dpre = gelu_backward(grad, pre, approximate)
+    channels = xs[0].shape[2]
+    dxs = [
+        F.pad(dpre @ weight[:, i * channels : (i + 1) * channels], (0, 0, prefix_tokens, 0)) if needs[i] else None
+        for i in range(len(xs))
+    ]
+    dweight = torch.cat([_outer(dpre, x[:, prefix_tokens:]) for x in xs], dim=1) if needs[-2] else None
+    return [*dxs, dweight, dpre.sum((0, 1)) if needs[-1] else None]

@@ -23,7 +23,7 @@ def by_hand(encoder, model, images, layer, ratio, side):
     merge = model.merging_layer.merge
     windows = Windows((side, side), ratio, model.config.prefix_tokens, pad=True)
     mlp = merge.linear1.weight, merge.linear1.bias, merge.linear2.weight, merge.linear2.bias
-    state = reference.patch_merge(states[layer], *mlp, windows=windows, residual_kind=merge.residual)
+    state, _ = reference.patch_merge_forward(states[layer], *mlp, windows=windows, residual_kind=merge.residual)
     for block in layers[layer:]:
         state = block(state) if "internvl" in encoder.config.model_type else block(state, attention_mask=None)
     for name in ("rms_norm", "post_layernorm", "layernorm"):

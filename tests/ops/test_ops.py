@@ -30,7 +30,9 @@ def call_fusion(x, weight, bias, *_, **kwargs):
 
 def test_patch_merge_runs_the_reference():
     args = merge_inputs(tokens=25)
-    expected = reference.patch_merge(*args, windows=Windows(GRID, 2, 1), residual_kind="channel_group", approximate="tanh")
+    expected, _ = reference.patch_merge_forward(
+        *args, windows=Windows(GRID, 2, 1), residual_kind="channel_group", approximate="tanh"
+    )
     options = {"residual": "channel_group", "approximate": "tanh", "prefix_tokens": 1}
     for impl in (None, "reference"):
         assert torch.equal(call_merge(*args, **options, impl=impl), expected)
@@ -94,7 +96,11 @@ REFUSALS = [
     ({"approximate": "erf"}, ValueError, "approximate: got 'erf', expected one of 'none', 'tanh'"),
     ({"layout": "nhwc"}, ValueError, "layout: got 'nhwc'"),
     ({"layout": "block", "grid": (3, 8), "pad": True}, ValueError, "layout: got 'block' with a grid of 3 x 8"),
-    ({"impl": "cutlass"}, ValueError, "impl: got 'cutlass', expected None or one of 'reference', 'triton', 'cuda'"),
+    (
+        {"impl": "cutlass"},
+        ValueError,
+        "impl: got 'cutlass', expected None or one of 'reference', 'composite', 'triton', 'cuda'",
+    ),
     ({"impl": "triton"}, RuntimeError, "impl: got 'triton'"),
     ({"impl": "cuda"}, RuntimeError, "impl: got 'cuda'"),
 ]

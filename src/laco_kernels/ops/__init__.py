@@ -4,4 +4,6 @@ from laco_kernels.ops.block_fusion import multi_block_linear_gelu
 from laco_kernels.ops.patch_merge import patch_merge
 from laco_kernels.ops.strided_conv import strided_conv_gelu
 
-__all__ = ["multi_block_linear_gelu", "patch_merge", "strided_conv_gelu"]
+from laco_kernels.ops import cost  # isort: skip  # counts the operators registered above
+
+__all__ = ["cost", "multi_block_linear_gelu", "patch_merge", "strided_conv_gelu"]

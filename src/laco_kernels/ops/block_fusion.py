@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laco_kernels import reference
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
-from laco_kernels.kernels.select import choose
-from laco_kernels.ops import checks
+from laco_kernels.kernels import select
+from laco_kernels.ops import checks, library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +51,26 @@ def multi_block_linear_gelu(
         raise ValueError(complaint("xs", "an empty list", "at least one block output [B, P + N, C]", "Pass hidden_states"))
     prefix_tokens = integer("prefix_tokens", prefix_tokens, 0)
     checks.check_choice("approximate", approximate, checks.APPROXIMATIONS)
+    named = {f"xs[{i}]": x for i, x in enumerate(xs)}
+    _check_shapes(xs, weight, bias, prefix_tokens)
+    tensors = {**named, "weight": weight, "bias": bias}
+    checks.check_alike(tensors)
+    library.refuse_forward_mode("multi_block_linear_gelu", tensors.values())
+    dtype = checks.autocast_dtype(xs[0])
+    impl = select.check(impl, xs[0].device, dtype)
+    y, _ = torch.ops.laco.multi_block_linear_gelu(
+        [x.to(dtype) for x in xs],
+        weight.to(dtype),
+        checks.cast(bias, dtype),
+        approximate,
+        prefix_tokens,
+        impl,
+        library.needs_saving(tensors.values()),
+    )
+    return y
+
+
+def _check_shapes(xs: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None, prefix_tokens: int) -> None:
     for i, x in enumerate(xs):
         checks.check_tokens(f"xs[{i}]", x)
         if x.shape != xs[0].shape:
@@ -62,13 +81,59 @@ def multi_block_linear_gelu(
         remedy = "Count the class and register tokens only"
         raise ValueError(complaint("prefix_tokens", prefix_tokens, f"at most {tokens}, the tokens of a block", remedy))
     checks.check_linear("", weight, bias, (len(xs), channels), "(block, c)")
-    checks.check_alike({f"xs[{i}]": x for i, x in enumerate(xs)} | {"weight": weight, "bias": bias})
-    choose(impl)
-    dtype = checks.autocast_dtype(xs[0])
-    return reference.multi_block_linear_gelu(
-        [x.to(dtype) for x in xs],
-        weight.to(dtype),
-        checks.cast(bias, dtype),
-        prefix_tokens=prefix_tokens,
-        approximate=approximate,
-    )
+
+
+SETTINGS = "str approximate, int prefix_tokens, str impl"
+
+
+def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    xs, weight, bias, approximate, prefix_tokens, impl, save = inputs
+    options = {"approximate": approximate, "prefix_tokens": prefix_tokens}
+    return library.run_forward("multi_block_linear_gelu", impl, (xs, weight, bias), save, options)
+
+
+def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    xs, weight, bias, _, prefix_tokens, _, save = inputs
+    _check_shapes(xs, weight, bias, prefix_tokens)
+    shape = (xs[0].shape[0], xs[0].shape[1] - prefix_tokens, weight.shape[0])
+    return weight.new_empty(shape), weight.new_empty(shape if save else (0,))
+
+
+def _backward(*inputs: Any) -> list[torch.Tensor]:
+    grad, xs, pre, weight, needs, approximate, prefix_tokens, impl = inputs
+    implementation = select.load(impl).multi_block_linear_gelu_backward
+    options = {"approximate": approximate, "prefix_tokens": prefix_tokens}
+    return library.present(implementation(grad.contiguous(), xs, pre, weight, needs, **options), weight)
+
+
+def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
+    _, xs, _, weight, needs = inputs[:5]
+    shapes = (*[x.shape for x in xs], weight.shape, weight.shape[:1])
+    return [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    xs, weight, bias, *ctx.settings, _ = inputs
+    ctx.save_for_backward(*xs, output[1], weight)
+    ctx.needs = [*[x.requires_grad for x in xs], weight.requires_grad, bias is not None and bias.requires_grad]
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    *xs, pre, weight = ctx.saved_tensors
+    gradients = torch.ops.laco.multi_block_linear_gelu_backward(grad, xs, pre, weight, ctx.needs, *ctx.settings)
+    *dxs, dweight, dbias = library.asked_for(gradients, ctx.needs)
+    return dxs, dweight, dbias, *[None] * (len(ctx.settings) + 1)
+
+
+library.define(
+    f"multi_block_linear_gelu(Tensor[] xs, Tensor weight, Tensor? bias, {SETTINGS}, bool save) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+library.define(
+    "multi_block_linear_gelu_backward(Tensor grad, Tensor[] xs, Tensor pre, Tensor weight, bool[] needs, "
+    f"{SETTINGS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+library.differentiate("multi_block_linear_gelu", _setup_context, _differentiate)

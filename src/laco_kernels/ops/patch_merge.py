@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from laco_kernels import reference
+import torch
+
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import Windows, check_grid, integer
-from laco_kernels.kernels.select import choose
-from laco_kernels.ops import checks
+from laco_kernels.kernels import select
+from laco_kernels.ops import checks, library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 RESIDUALS = ("mean", "channel_group", "none")
 LAYOUTS = ("raster", "block")
@@ -70,6 +69,41 @@ def patch_merge(
     checks.check_choice("residual", residual, RESIDUALS)
     checks.check_choice("approximate", approximate, checks.APPROXIMATIONS)
     checks.check_choice("layout", layout, LAYOUTS)
+    tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    _check_shapes(x, weight1, bias1, weight2, bias2, windows, residual, layout)
+    checks.check_alike(tensors)
+    library.refuse_forward_mode("patch_merge", tensors.values())
+    dtype = checks.autocast_dtype(x)
+    impl = select.check(impl, x.device, dtype)
+    y, _ = torch.ops.laco.patch_merge(
+        x.to(dtype),
+        weight1.to(dtype),
+        checks.cast(bias1, dtype),
+        weight2.to(dtype),
+        checks.cast(bias2, dtype),
+        list(windows.grid),
+        windows.ratio,
+        residual,
+        approximate,
+        windows.prefix_tokens,
+        pad,
+        layout,
+        impl,
+        library.needs_saving(tensors.values()),
+    )
+    return y
+
+
+def _check_shapes(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    windows: Windows,
+    residual: str,
+    layout: str,
+) -> None:
     if layout == "block" and not windows.is_even:
         given = f"'block' with a grid of {windows.grid[0]} x {windows.grid[1]}"
         raise ValueError(complaint("layout", given, f"'raster' unless {windows.ratio} divides both sides", "Keep raster order"))
@@ -77,29 +111,71 @@ def patch_merge(
     channels = x.shape[2]
     checks.check_linear("1", weight1, bias1, (windows.ratio, windows.ratio, channels), "(dy, dx, c)")
     checks.check_linear("2", weight2, bias2, (weight1.shape[0],), "as the rows of weight1")
-    _check_width(weight2.shape[0], channels, residual, windows.prefix_tokens)
-    checks.check_alike({"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2})
-    choose(impl)
-    dtype = checks.autocast_dtype(x)
-    return reference.patch_merge(
-        x.to(dtype),
-        weight1.to(dtype),
-        checks.cast(bias1, dtype),
-        weight2.to(dtype),
-        checks.cast(bias2, dtype),
-        windows=windows,
-        residual_kind=residual,
-        approximate=approximate,
-        layout=layout,
-    )
-
-
-def _check_width(out: int, channels: int, residual: str, prefix_tokens: int) -> None:
-    if out == channels or (residual == "none" and not prefix_tokens):
+    out = weight2.shape[0]
+    if out == channels or (residual == "none" and not windows.prefix_tokens):
         return
-    expected = f"{channels} rows, the width of x"
+    remedy = "Prefix tokens pass through unchanged; drop them first, x[:, prefix_tokens:], to change the width"
     if residual != "none":
         remedy = f"residual={residual!r} adds tokens of that width; pass residual='none' to change the width"
-        raise ValueError(complaint("weight2", f"{out} rows", expected, remedy))
-    remedy = "Prefix tokens pass through unchanged; drop them first, x[:, prefix_tokens:], to change the width"
-    raise ValueError(complaint("weight2", f"{out} rows", expected, remedy))
+    raise ValueError(complaint("weight2", f"{out} rows", f"{channels} rows, the width of x", remedy))
+
+
+TENSORS = "Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
+SETTINGS = "int[] grid, int ratio, str residual, str approximate, int prefix_tokens, bool pad, str layout, str impl"
+
+
+def _options(
+    grid: Sequence[int], ratio: int, residual: str, approximate: str, prefix_tokens: int, pad: bool, layout: str
+) -> dict[str, Any]:
+    """What implementations take, from the operator's settings."""
+    windows = Windows((grid[0], grid[1]), ratio, prefix_tokens, pad)
+    return {"windows": windows, "residual_kind": residual, "approximate": approximate, "layout": layout}
+
+
+def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *tensors, grid, ratio, residual, approximate, prefix_tokens, pad, layout, impl, save = inputs
+    options = _options(grid, ratio, residual, approximate, prefix_tokens, pad, layout)
+    return library.run_forward("patch_merge", impl, tensors, save, options)
+
+
+def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight1, bias1, weight2, bias2, *settings, _, save = inputs
+    options = _options(*settings)
+    windows = options["windows"]
+    _check_shapes(x, weight1, bias1, weight2, bias2, windows, options["residual_kind"], options["layout"])
+    y = x.new_empty(x.shape[0], windows.num_output_tokens, weight2.shape[0])
+    return y, x.new_empty((x.shape[0], windows.num_windows, weight1.shape[0]) if save else (0,))
+
+
+def _backward(*inputs: Any) -> list[torch.Tensor]:
+    grad, x, pre, weight1, weight2, needs, *settings, impl = inputs
+    implementation = select.load(impl).patch_merge_backward
+    gradients = implementation(grad.contiguous(), x, pre, weight1, weight2, needs, **_options(*settings))
+    return library.present(gradients, x)
+
+
+def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
+    _, x, _, weight1, weight2, needs = inputs[:6]
+    shapes = (x.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
+    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight1, _, weight2, _, *ctx.settings, _ = inputs
+    ctx.save_for_backward(x, output[1], weight1, weight2)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    gradients = torch.ops.laco.patch_merge_backward(grad, *ctx.saved_tensors, needs, *ctx.settings)
+    return *library.asked_for(gradients, needs), *[None] * (len(ctx.settings) + 1)
+
+
+library.define(f"patch_merge({TENSORS}, {SETTINGS}, bool save) -> (Tensor, Tensor)", _forward, _forward_fake)
+library.define(
+    f"patch_merge_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight1, Tensor weight2, bool[] needs, {SETTINGS})"
+    " -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+library.differentiate("patch_merge", _setup_context, _differentiate)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from laco_kernels import reference
+import torch
+
 from laco_kernels.geometry import Windows, check_grid, integer
-from laco_kernels.kernels.select import choose
-from laco_kernels.ops import checks
+from laco_kernels.kernels import select
+from laco_kernels.ops import checks, library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 
 def strided_conv_gelu(
@@ -53,11 +52,84 @@ def strided_conv_gelu(
     """
     windows = Windows(check_grid(grid), integer("kernel_size", kernel_size, 1), prefix_tokens, pad)
     checks.check_choice("approximate", approximate, checks.APPROXIMATIONS)
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    _check_shapes(x, weight, bias, windows)
+    checks.check_alike(tensors)
+    library.refuse_forward_mode("strided_conv_gelu", tensors.values())
+    dtype = checks.autocast_dtype(x)
+    impl = select.check(impl, x.device, dtype)
+    y, _ = torch.ops.laco.strided_conv_gelu(
+        x.to(dtype),
+        weight.to(dtype),
+        checks.cast(bias, dtype),
+        list(windows.grid),
+        windows.ratio,
+        approximate,
+        windows.prefix_tokens,
+        pad,
+        impl,
+        library.needs_saving(tensors.values()),
+    )
+    return y
+
+
+def _check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, windows: Windows) -> None:
     checks.check_image_tokens(x, windows)
     checks.check_linear("", weight, bias, (windows.ratio, windows.ratio, x.shape[2]), "(dy, dx, c)")
-    checks.check_alike({"x": x, "weight": weight, "bias": bias})
-    choose(impl)
-    dtype = checks.autocast_dtype(x)
-    return reference.strided_conv_gelu(
-        x.to(dtype), weight.to(dtype), checks.cast(bias, dtype), windows=windows, approximate=approximate
-    )
+
+
+SETTINGS = "int[] grid, int kernel_size, str approximate, int prefix_tokens, bool pad, str impl"
+
+
+def _options(grid: Sequence[int], kernel_size: int, approximate: str, prefix_tokens: int, pad: bool) -> dict[str, Any]:
+    """What implementations take, from the operator's settings."""
+    return {"windows": Windows((grid[0], grid[1]), kernel_size, prefix_tokens, pad), "approximate": approximate}
+
+
+def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, bias, *settings, impl, save = inputs
+    return library.run_forward("strided_conv_gelu", impl, (x, weight, bias), save, _options(*settings))
+
+
+def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, bias, *settings, _, save = inputs
+    windows = _options(*settings)["windows"]
+    _check_shapes(x, weight, bias, windows)
+    shape = (x.shape[0], windows.num_windows, weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save else (0,))
+
+
+def _backward(*inputs: Any) -> list[torch.Tensor]:
+    grad, x, pre, weight, needs, *settings, impl = inputs
+    implementation = select.load(impl).strided_conv_gelu_backward
+    return library.present(implementation(grad.contiguous(), x, pre, weight, needs, **_options(*settings)), x)
+
+
+def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
+    _, x, _, weight, needs = inputs[:5]
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, _, *ctx.settings, _ = inputs
+    ctx.save_for_backward(x, output[1], weight)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.laco.strided_conv_gelu_backward(grad, *ctx.saved_tensors, needs, *ctx.settings)
+    return *library.asked_for(gradients, needs), *[None] * (len(ctx.settings) + 1)
+
+
+library.define(
+    f"strided_conv_gelu(Tensor x, Tensor weight, Tensor? bias, {SETTINGS}, bool save) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+library.define(
+    f"strided_conv_gelu_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight, bool[] needs, {SETTINGS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+library.differentiate("strided_conv_gelu", _setup_context, _differentiate)

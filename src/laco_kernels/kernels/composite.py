@@ -1,0 +1,184 @@
+"""``impl="composite"``: the operators as cuBLAS products between fused pointwise passes; the safety net."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from laco_kernels.kernels import pointwise
+from laco_kernels.kernels.common import GATHER, RESIDUAL, block_outer, column_sum, gathered, outer
+from laco_kernels.kernels.launch import accumulator_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from laco_kernels.geometry import Windows
+
+
+def patch_merge_forward(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    *,
+    windows: Windows,
+    residual_kind: str,
+    approximate: str,
+    layout: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`laco_kernels.reference.patch_merge_forward`; without ``save`` the pre-activation is empty."""
+    batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
+    out = weight2.shape[0]
+    is_view = layout == "block" and not prefix and x.is_contiguous()
+    merged = x.view(batch, rows, -1) if is_view else x.new_empty(batch, rows, weight1.shape[1])
+    y = x.new_empty(batch, prefix + rows, out)
+    y[:, :prefix] = x[:, :prefix]
+    has_residual = residual_kind != "none"
+    if has_residual or not is_view:
+        pointwise.split(
+            x,
+            windows,
+            GATHER[layout],
+            None if is_view else merged,
+            RESIDUAL[residual_kind],
+            y if has_residual else None,
+            bias2,
+        )
+    pre = F.linear(merged, weight1, bias1)
+    act = F.gelu(pre, approximate=approximate)
+    if has_residual:
+        body = y[:, prefix:]
+        torch.baddbmm(body, act, weight2.t().expand(batch, -1, -1), out=body)
+    else:
+        y[:, prefix:] = F.linear(act, weight2, bias2)
+    return y, pre if save else x.new_empty(0)
+
+
+def patch_merge_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    residual_kind: str,
+    approximate: str,
+    layout: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.patch_merge_backward`."""
+    prefix = windows.prefix_tokens
+    g = grad[:, prefix:]
+    dx = dweight1 = dbias1 = dweight2 = dbias2 = None
+    if any(needs[:4]):
+        dpre, sums, act = pointwise.gelu_backward(g @ weight2, pre, approximate, with_act=needs[3])
+        if needs[2]:
+            dbias1 = sums
+        if act is not None:
+            dweight2 = outer(g, act)
+        if needs[1]:
+            dweight1 = outer(dpre, gathered(x, windows, layout))
+        if needs[0]:
+            dx = x.new_empty(x.shape)
+            dx[:, :prefix] = grad[:, :prefix]
+            pointwise.join(dpre @ weight1, grad, windows, GATHER[layout], RESIDUAL[residual_kind], dx)
+    if needs[4]:
+        dbias2 = column_sum(g)
+    return [dx, dweight1, dbias1, dweight2, dbias2]
+
+
+def strided_conv_gelu_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    windows: Windows,
+    approximate: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`laco_kernels.reference.strided_conv_gelu_forward`; without ``save`` the pre-activation is empty."""
+    pre = F.linear(gathered(x, windows, "raster"), weight, bias)
+    return F.gelu(pre, approximate=approximate), pre if save else x.new_empty(0)
+
+
+def strided_conv_gelu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    approximate: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.strided_conv_gelu_backward`."""
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate)
+    dx = None
+    if needs[0]:
+        dx = x.new_empty(x.shape)
+        dx[:, : windows.prefix_tokens] = 0
+        pointwise.join(dpre @ weight, grad, windows, GATHER["raster"], RESIDUAL["none"], dx)
+    dweight = outer(dpre, gathered(x, windows, "raster")) if needs[1] else None
+    return [dx, dweight, dbias if needs[2] else None]
+
+
+def multi_block_linear_gelu_forward(
+    xs: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    prefix_tokens: int,
+    approximate: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`laco_kernels.reference.multi_block_linear_gelu_forward`; without ``save`` the pre-activation is empty.
+
+    The ``M`` products are summed in float32 (float64 for float64), so that summing them costs no accuracy.
+    """
+    batch, tokens, channels = xs[0].shape
+    wide = accumulator_torch(xs[0].dtype)
+    shape = (batch, tokens - prefix_tokens, weight.shape[0])
+    total = torch.zeros(shape, dtype=wide, device=weight.device) if bias is None else bias.to(wide).expand(shape)
+    for i, x in enumerate(xs):
+        block = weight[:, i * channels : (i + 1) * channels].t().expand(batch, -1, -1)
+        total = _add_product(total, x[:, prefix_tokens:], block, wide)
+    y = F.gelu(total, approximate=approximate).to(weight.dtype)
+    return y, total.to(weight.dtype) if save else weight.new_empty(0)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    if left.dtype == wide:
+        return torch.baddbmm(total, left, right)
+    if left.is_cuda:
+        return torch.baddbmm(total, left, right, out_dtype=wide)
+    return torch.baddbmm(total, left.to(wide), right.to(wide))
+
+
+def multi_block_linear_gelu_backward(
+    grad: torch.Tensor,
+    xs: Sequence[torch.Tensor],
+    pre: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    prefix_tokens: int,
+    approximate: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.multi_block_linear_gelu_backward`."""
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate)
+    channels = xs[0].shape[2]
+    dxs: list[torch.Tensor | None] = []
+    for i, x in enumerate(xs):
+        dx = None
+        if needs[i]:
+            dx = x.new_empty(x.shape)
+            dx[:, :prefix_tokens] = 0
+            dx[:, prefix_tokens:] = dpre @ weight[:, i * channels : (i + 1) * channels]
+        dxs.append(dx)
+    dweight = block_outer(dpre, xs, prefix_tokens) if needs[-2] else None
+    return [*dxs, dweight, dbias if needs[-1] else None]

@@ -1,0 +1,76 @@
+"""How an operator becomes a real torch operator: ``laco::<name>`` and ``laco::<name>_backward``.
+
+Each has one body for CPU and CUDA, which asks :mod:`laco_kernels.kernels.select` for an implementation, and a fake for
+tracing. Backward is an operator of its own, so that ``torch.compile``, export, selective checkpointing and data parallelism
+see both; it has no derivative and says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import forward_ad
+
+from laco_kernels.kernels import select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+LIBRARY = torch.library.Library("laco", "DEF")
+
+
+def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``laco::<schema>`` with its body and its fake."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, body, key)
+    torch.library.register_fake(f"laco::{name}", fake, lib=LIBRARY)
+
+
+def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give ``laco::<name>`` its derivative, and ``laco::<name>_backward`` a refusal to be differentiated."""
+    torch.library.register_autograd(f"laco::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"laco::{name}: got a second derivative, expected first derivatives only. Call backward without create_graph=True, "
+            f"or use laco_kernels.reference, which is differentiable to any order."
+        )
+
+    torch.library.register_autograd(f"laco::{name}_backward", refuse, lib=LIBRARY)
+
+
+def run_forward(
+    name: str, impl: str, tensors: Sequence[Any], save: bool, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``<name>_forward`` of an implementation: the output, and the pre-activation, empty unless it is to be saved."""
+    y, pre = getattr(select.load(impl), f"{name}_forward")(*tensors, save=save, **options)
+    return y, pre if save else y.new_empty(0)
+
+
+def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> None:
+    """Raise where a tensor carries a forward-mode tangent, which an operator without a rule would silently drop."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"laco_kernels.{name}: got a forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp), expected "
+            f"reverse mode. Use laco_kernels.reference, which has forward-mode derivatives."
+        )
+
+
+def needs_saving(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Return whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+    """Stand an empty tensor in for every gradient that was not asked for: operators return no ``None``."""
+    return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
+
+
+def asked_for(gradients: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Undo :func:`present`."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
