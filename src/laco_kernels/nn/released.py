@@ -5,7 +5,7 @@ Linear, GELU, Linear, hence keys ``0.weight``, ``0.bias``, ``2.weight`` and ``2.
 ``model.mm_projector.`` (STF) and ``model.mm_projector_crosslayer.`` (MBTF), in the ``mm_projector.bin`` of the first
 training stage as in the full model of the second. What is assumed: that the published files have just these names and that
 a prefix other than ``model.`` may stand before them. No published file was at hand; ``keys=`` reads any other naming.
-Their licence, CC BY-NC 4.0, allows no commercial use.
+The authors' project is under CC BY-NC 4.0, which allows no commercial use.
 """
 
 from __future__ import annotations
