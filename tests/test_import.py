@@ -28,10 +28,10 @@ x = torch.randn(1, 16, 4)
 y = lk.nn.PatchMergeLayer(4)(x, (4, 4))
 assert y.shape == (1, 4, 4)
 assert not torch.cuda.is_initialized()
-extras = {"triton", "transformers", "rich", "typer", "matplotlib", "PIL"}
+extras = {"triton", "transformers", "safetensors", "rich", "typer", "matplotlib", "PIL"}
 assert not extras & set(sys.modules), extras & set(sys.modules)
 """
-    blocked = ("triton", "transformers", "rich", "typer", "matplotlib", "PIL", "accelerate", "peft")
+    blocked = ("triton", "transformers", "safetensors", "rich", "typer", "matplotlib", "PIL", "accelerate", "peft")
     done = python(code, blocked)
     assert done.returncode == 0, done.stderr
 
