@@ -29,8 +29,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || { \
 	  echo "PYTHON: got '$(PYTHON)' ($$($(PYTHON) --version 2>&1)), expected Python 3.10 to 3.13." \
 	       "Pass another one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
-	  echo "VENV: got no virtual environment, expected python3 with venv." \
-	       "On Debian and Ubuntu: apt-get install python3-venv." >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+	  echo "VENV: got no virtual environment with pip, expected python3 with venv." \
+	       "On Debian and Ubuntu: apt-get install python3-venv, then the same command again." >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

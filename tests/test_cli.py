@@ -104,6 +104,61 @@ def test_a_wrong_result_is_a_failed_check(encoder, monkeypatch):
     assert "NO" in done.output
 
 
+def test_a_failed_write_leaves_nothing_behind(encoder, tmp_path, monkeypatch):
+    from laco_kernels.bench import report
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "picture", full)
+    done = vec(encoder, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 2
+    assert "out: got" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert json.loads(done.stdout)["files"] == []  # what was measured is not lost
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folders_name_is_no_markup(encoder, tmp_path):
+    odd = tmp_path / "[bold]" / "enc[/red]"
+    shutil.copytree(encoder, odd)
+    assert vec(odd).exit_code == 0
+
+
+def test_long_depths_fit_the_table(encoder):
+    done = vec(encoder, "--depths", "0.3333333,1e-9")
+    assert "@0.333" in done.stdout
+    assert "\u2026" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 112, "width": 112}},
+            "makes images of 112 x 112 pixels, expected 84 x 84",
+        ),
+        ("preprocessor_config.json", {"size": "abc"}, "encoder: got"),
+        ("config.json", {"hidden_size": "abc"}, "encoder: got"),
+        ("config.json", {"num_attention_heads": 5}, "encoder: got"),
+        ("config.json", [], "encoder: got"),
+        ("model.safetensors.index.json", {}, "encoder: got"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(encoder, file, content, message):
+    path = encoder / file
+    if path.exists() and content:
+        content = {**json.loads(path.read_text()), **content}
+    path.write_text(json.dumps(content))
+    if file.startswith("model"):
+        (encoder / "model.safetensors").unlink()
+    done = vec(encoder)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_bad_images_are_named_and_the_others_measured(encoder, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -130,6 +185,7 @@ def test_bad_images_are_named_and_the_others_measured(encoder, tmp_path):
         (["--device", "cuda:99"], "device: got 'cuda:99'"),
         (["--encoder", "no/such-encoder"], "encoder: got 'no/such-encoder'"),
         (["--out", "/proc/nowhere"], "out: got '/proc/nowhere' (No such file or directory), expected a folder that can be"),
+        (["--out", "x" * 300], "expected a folder that can be written to"),
         (["--out", __file__], "expected a folder that can be written to"),
         (["missing.jpg"], "images: got missing.jpg, which does not exist"),
     ],

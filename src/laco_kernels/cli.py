@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 try:
     import typer
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 except ModuleNotFoundError as missing:
     raise SystemExit(f"laco needs {missing.name}, which is not installed. Run: pip install 'laco_kernels[bench]'") from None
 
 import torch
 
+from laco_kernels.bench.cases import DEFAULT_DEPTHS, DEFAULT_ENCODER
 from laco_kernels.errors import complaint
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def env(as_json: Json = False) -> None:
 @bench.command()
 def vec(
     images: Annotated[list[Path] | None, typer.Argument(help="Photos or folders of photos; default: a bundled one.")] = None,
-    encoder: Annotated[str, typer.Option(help="A known encoder, a checkpoint's folder, or a hub name.")] = "aimv2-l-336",
-    depths: Annotated[str, typer.Option(help="Where to merge, as fractions of the depth.")] = "1/12,1/6,1/4,1/2,1",
+    encoder: Annotated[str, typer.Option(help="A known encoder, a checkpoint's folder, or a hub name.")] = DEFAULT_ENCODER,
+    depths: Annotated[str, typer.Option(help="Where to merge, as fractions of the depth.")] = DEFAULT_DEPTHS,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
@@ -102,18 +103,21 @@ def vec(
         place, precision = _device(device), _dtype(dtype, device)
         if out is not None:
             report.check_folder(out)
-        opened, failures = photos.load_images(photos.find_images(images or []))
+        files = photos.find_images(images or [])
+        with _progress() as step:
+            step("loading the encoder", 0.0)
+            model, weights = system.load_encoder(encoder)
+            known = encoder in cases.encoder_names()
+            processor = photos.load_processor(str(cases.FOLDER / encoder) if known else encoder)
+            step(f"reading {len(files)} photos", 0.0)
+            opened, failures = photos.read_pixels(files, processor)
         for file, reason in failures.items():
             _complain(f"{file}: {reason}")
         if not opened:
             raise typer.Exit(1)
-        with _progress() as step:
-            step("loading the encoder")
-            known = encoder in cases.encoder_names()
-            processor = photos.load_processor(str(cases.FOLDER / encoder) if known else encoder)
-            model, weights = system.load_encoder(encoder)
-            pixels = photos.batches(opened, processor, batch)
-            model.to(place, precision)
+        pixels = photos.batches(opened, batch)
+        system.check_pixels(model, pixels[0])
+        model.to(place, precision)
     try:
         with _progress() as step:
             result = system.measure_vec(
@@ -132,10 +136,10 @@ def vec(
         _complain(complaint("batch", batch, f"a batch that fits into the memory of {place}", "Pass a smaller --batch"))
         raise typer.Exit(2) from None
     if not as_json:
-        out_console.print(report.headline(result), style="bold", highlight=False)
+        out_console.print(report.headline(result), style="bold", markup=False, highlight=False)
         out_console.print(report.table(result))
-        out_console.print(report.legend(result), highlight=False, style="dim")
-        out_console.print(f"On {report.machine(result)}", highlight=False, style="dim")
+        out_console.print(report.legend(result), style="dim", markup=False, highlight=False)
+        out_console.print(f"On {report.machine(result)}", style="dim", markup=False, highlight=False)
     paths: list[Path] = []
     unwritten = None
     try:
@@ -178,19 +182,21 @@ def _dtype(name: str | None, device: str | None) -> torch.dtype:
 
 
 def _quiet_transformers() -> None:
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # it reports every attempt to reach the hub
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
-    """Show the current step and the time it takes on a terminal's standard error, and nothing elsewhere."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    """Show the current step and how much is done on a terminal's standard error, and nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err_console, transient=True, disable=not err_console.is_terminal) as progress:
-        task = progress.add_task("")
-        yield lambda description: progress.update(task, description=description)
+        task = progress.add_task("starting", total=1.0)
+        yield lambda description, done: progress.update(task, description=description, completed=done)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The parts that measurements are made of."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,9 @@ from transformers import AutoConfig, AutoModel
 import laco_kernels as lk
 from laco_kernels.bench import cases, environment, timing
 from laco_kernels.bench.memory import LiveTensors, peak_bytes
+from laco_kernels.bench.system import measure_vec, overhead
+
+from ..hf.encoders import pixels, stock
 
 CPU = torch.device("cpu")
 PARAMETERS = {"aimv2-l-336": 309.5, "siglip-so400m-384": 413.0, "internvit-300m-448": 304.0, "clip-l-336": 303.5}
@@ -19,8 +23,9 @@ def test_variants_are_interleaved_and_warmed_up():
     calls = []
     variants = {name: lambda i, name=name: calls.append((name, i)) for name in "ab"}
     steps = []
-    samples = timing.interleave(variants, CPU, rounds=2, warmup=1, on_call=lambda: steps.append(1))
+    samples = timing.interleave(variants, CPU, rounds=2, warmup=1, on_call=steps.append)
     assert calls == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert steps == sorted(steps)
     assert len(steps) == 6
     assert {name: len(sample) for name, sample in samples.items()} == {"a": 2, "b": 2}
 
@@ -37,8 +42,6 @@ def test_spread_and_paired_ratio():
 
 
 def test_milliseconds_are_milliseconds():
-    import time
-
     assert 19 < timing.milliseconds(lambda: time.sleep(0.02), CPU) < 200
 
 
@@ -104,3 +107,27 @@ def test_the_environment_names_what_it_ran_on():
     assert report["laco_kernels"] == lk.__version__
     assert report["device"] == report["cpu"]
     assert environment.implementations()["reference"] is None
+
+
+@pytest.mark.parametrize("layout", ["block", "raster"])
+def test_overhead_is_the_time_outside_the_parts(layout):
+    model = lk.hf.compress(stock("clip", side=8, dtype=torch.float32), layer=2, layout=layout)
+    images = pixels(side=8, batch=8, dtype=torch.float32)
+    with torch.inference_mode():
+        without = overhead(model, images)
+        handle = model.encoder.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+        total = timing.milliseconds(lambda: model(images), CPU)
+        with_pause = overhead(model, images)
+        handle.remove()
+    # 50 ms of pause over what is left of the pass; half of it leaves room for a busy machine.
+    assert with_pause - without > 0.5 * 50 / total
+    assert not model.embeddings._forward_hooks
+
+
+def test_more_depths_than_the_compiler_keeps_by_itself():
+    encoder = stock("siglip", dtype=torch.float32, num_hidden_layers=10)
+    depths = [Fraction(i, 10) for i in range(1, 11)]
+    result = measure_vec(
+        encoder, "x", depths, [pixels(dtype=torch.float32)], weights="random", images=2, compiled=True, rounds=1
+    )
+    assert [row.layer for row in result.rows] == list(range(1, 11))

@@ -2,15 +2,17 @@
 
 from fractions import Fraction
 
+import accelerate
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import CLIPConfig, CLIPModel, ViTConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection, ViTConfig
 
 import laco_kernels as lk
 from laco_kernels.hf.compress import layer_at
 
-from .encoders import stock
+from .encoders import SIZES, stock
 
 
 def test_depth_names_a_layer():
@@ -42,7 +44,7 @@ REFUSALS = [
     ({"compressor": "magic"}, ValueError, "compressor: got 'magic', expected one of 'laco'"),
     ({"residual": "sum"}, ValueError, "residual: got 'sum'"),
     ({"out_dim": 16}, TypeError, "out_dim: got 16, expected no value"),
-    ({"hiden_dim": 16}, TypeError, "options: got hiden_dim, expected some of hidden_dim"),
+    ({"hiden_dim": 16}, TypeError, "options: got hiden_dim, expected some of hidden_dim, residual, norm"),
 ]
 
 
@@ -77,5 +79,49 @@ def test_a_larger_model_says_where_its_tower_is():
 def test_it_refuses_other_things():
     with pytest.raises(TypeError, match=r"encoder: got a model of type 'vit', expected one of Aimv2VisionModel, Siglip"):
         lk.hf.compress(ViTConfig())
-    with pytest.raises(TypeError, match="encoder: got Linear, expected a transformers vision model"):
+    with pytest.raises(
+        TypeError, match=r"encoder: got Linear, expected a model \(Aimv2VisionModel, .*before torch\.compile, and out of PEFT"
+    ):
         lk.hf.compress(torch.nn.Linear(1, 1))
+
+
+def test_a_model_around_the_supported_one_is_refused():
+    model = CLIPVisionModelWithProjection(stock("clip").config)
+    with pytest.raises(TypeError, match=r"got a CLIPVisionModelWithProjection, expected one of Aimv2.*model\.vision_model"):
+        lk.hf.compress(model)
+
+
+def test_an_offloaded_encoder_is_refused():
+    encoder = stock("clip")
+    accelerate.cpu_offload(encoder, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"encoder: got an offloaded CLIPVisionModel.*before accelerate dispatches"):
+        lk.hf.compress(encoder)
+
+
+def test_numbers_of_other_libraries_are_taken(tmp_path):
+    model = lk.hf.compress(stock("clip"), depth=np.float32(0.5), hidden_dim=np.int64(8), ratio=np.int32(2))
+    assert model.config.compression["layer"] == 2
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="zero_init_last: got 'no'"):
+        lk.hf.compress(stock("clip"), zero_init_last="no")
+
+
+COMPRESSION = {"layer": 2, "compressor": "laco", "ratio": 2, "layout": "block", "options": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 0}, "layer: got 0"),
+        ({"layer": -1}, "layer: got -1"),
+        ({"layer": 5}, "layer: got 5, expected 1 to 4"),
+        ({"compressor": "magic"}, "compressor: got 'magic'"),
+        ({"layout": "nchw"}, "layout: got 'nchw'"),
+        ({"ratio": 1}, "ratio: got 1"),
+        ({"depth": 1}, "config: got a LacoCLIPVisionConfig with compression"),
+    ],
+)
+def test_a_config_is_looked_at_before_a_model_is_built(change, message):
+    config = lk.hf.LacoCLIPVisionConfig(**SIZES, image_size=56, compression=COMPRESSION | change)
+    with pytest.raises(ValueError, match=message):
+        lk.hf.LacoCLIPVisionModel(config)

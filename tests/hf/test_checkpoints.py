@@ -169,5 +169,7 @@ def test_a_hub_name_without_a_network_is_refused():
 
 
 def test_a_config_without_compression_is_refused():
-    with pytest.raises(ValueError, match=r"config: got a LacoCLIPVisionConfig without compression.*laco_kernels\.hf\.compress"):
+    with pytest.raises(
+        ValueError, match=r"config: got a LacoCLIPVisionConfig with compression=None.*laco_kernels\.hf\.compress"
+    ):
         lk.hf.LacoCLIPVisionModel(lk.hf.LacoCLIPVisionConfig(**VISION))

@@ -1,6 +1,7 @@
 """What a compressed encoder computes, on all four families."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -198,8 +199,94 @@ def test_peft_trains_the_merge_beside_lora(family):
     assert all("lora" in name or "merge" in name for name in trained)
 
 
-def test_autocast_keeps_the_residual_streams_dtype(family):
+def test_autocast_keeps_the_residual_stream(family):
     model = compressed(stock(family, dtype=torch.float32), layer=2)
+    x = torch.randn(2, PREFIX[family] + 16, 32)
     with torch.autocast("cpu", torch.bfloat16):
         states = model(pixels(dtype=torch.float32), output_hidden_states=True).hidden_states
+        merged = model.merging_layer.merge(x, (4, 4))
     assert states[1].dtype == states[2].dtype
+    assert merged.dtype == torch.float32
+    assert torch.equal(merged[:, : PREFIX[family]], x[:, : PREFIX[family]])
+    # Only the MLP is rounded: what it adds to the exact residual is a bfloat16.
+    added = (merged - torch.cat([x[:, : PREFIX[family]], reference.residual(x, windows_4x4(family), "mean")], 1)).abs()
+    full = (model.merging_layer.merge(x, (4, 4)) - merged).abs()
+    assert full.max() < added.max() * 0.02
+
+
+def windows_4x4(family):
+    return Windows((4, 4), 2, PREFIX[family])
+
+
+def test_lora_on_the_merge_is_not_passed_by(family):
+    from peft import LoraConfig, get_peft_model
+
+    model = compressed(stock(family, dtype=torch.float32))
+    images = pixels(dtype=torch.float32)
+    expected = model(images).last_hidden_state
+    tuned = get_peft_model(model, LoraConfig(target_modules=["linear1", "linear2"])).get_base_model()
+    torch.testing.assert_close(tuned(images).last_hidden_state, expected)
+    adapters = {name: p for name, p in tuned.named_parameters() if "lora" in name}
+    assert len(adapters) == 4
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.fill_(0.1)
+    changed = tuned(images).last_hidden_state
+    assert (changed - expected).abs().max() > 1e-3
+    changed.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters.values())
+
+
+def test_offloading_brings_the_merges_weights(family):
+    import accelerate
+
+    model = compressed(stock(family, dtype=torch.float32, vision_use_head=False, use_head=False))
+    images = pixels(dtype=torch.float32)
+    expected = model(images).last_hidden_state
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.merging_layer.merge.linear1.weight.is_meta
+    torch.testing.assert_close(model(images).last_hidden_state, expected)
+
+
+def test_chosen_hidden_states(family):
+    encoder, images = stock(family), pixels()
+    model = compressed(encoder, layer=2)
+    everything = model(images, output_hidden_states=True).hidden_states
+    chosen = model(images, output_hidden_states=[0, 1, 3]).hidden_states
+    for i in (0, 1, 3):  # a list counts layers, without the embeddings
+        torch.testing.assert_close(chosen[i], everything[i + 1], **EXACT)
+    assert chosen[2] is None
+
+
+def test_threads_with_images_of_different_sizes(family):
+    options = {"interpolate_pos_encoding": True} if family in ("siglip", "clip") else {}
+    model = compressed(stock(family, **({"is_native": True} if family == "aimv2" else {})), layer=2).eval()
+    images = [torch.randn(1, 3, 42, 126, dtype=torch.float64), torch.randn(1, 3, 126, 42, dtype=torch.float64)]
+    expected = [model(image, **options).last_hidden_state for image in images]
+
+    def run(i):
+        return (model(images[i % 2], **options).last_hidden_state - expected[i % 2]).abs().max().item()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(run, range(60))) < 1e-10
+
+
+def test_the_encoder_without_the_model_around_it(family):
+    model = compressed(stock(family), layer=2)
+    tokens = model.embeddings(pixels())
+    if hasattr(model, "pre_layrnorm"):
+        tokens = model.pre_layrnorm(tokens)
+    states = model(pixels(), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.encoder(tokens)[0], states[-1], **EXACT)
+
+
+def test_gradient_checkpointing_is_inherited_with_its_arguments(family):
+    encoder = stock(family)
+    encoder.gradient_checkpointing_enable({"use_reentrant": True})
+    model = lk.hf.compress(encoder)
+    assert model.merging_layer._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+
+
+def test_the_merging_layer_is_never_split_over_devices(family):
+    model = lk.hf.compress(stock(family))
+    assert type(model.merging_layer).__name__ in model._no_split_modules

@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import transformers
 from matplotlib import cbook
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,25 +18,23 @@ from laco_kernels.errors import complaint
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files named, folders replaced by the files in them; without any, a public-domain photo.
+    """Return the files named, folders replaced by what lies in them; without any, a public-domain photo.
 
     That photo is the portrait of Rear Admiral Grace Hopper among matplotlib's sample data.
 
     Raises:
-        ValueError: if a path does not exist or a folder is empty.
+        ValueError: if a path does not exist or there is no file in a folder.
     """
     if not paths:
         return [Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))]
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+            files = sorted(entry for entry in path.iterdir() if not entry.is_dir() and not entry.name.startswith("."))
             if not files:
-                raise ValueError(complaint("images", f"the empty folder {path}", "a folder of photos", "Pass another one"))
+                raise ValueError(complaint("images", f"{path}, with no file in it", "a folder of photos", "Pass another one"))
             found += files
         elif path.exists():
             found.append(path)
@@ -43,28 +43,43 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def load_images(files: Sequence[Path]) -> tuple[list[Image.Image], dict[str, str]]:
-    """Open the files as upright RGB images; return those that could be read, and why the others could not by path."""
-    images, failures = [], {}
+def read_pixels(files: Sequence[Path], processor: Any) -> tuple[list[torch.Tensor], dict[str, str]]:
+    """Turn photos into pixel values ``[3, height, width]``, one at a time.
+
+    Returns:
+        Those of the files that could be read, and by path why the others could not.
+
+    Raises:
+        ValueError: if the processor makes nothing of a good image.
+    """
+    pixels, failures = [], {}
     for file in files:
         try:
-            images.append(_open(file))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
+            image = open_image(file)
+        except Exception as error:  # a damaged file raises whatever its decoder raises; the other files go on
             failures[str(file)] = _reason(file, error)
-    return images, failures
+            continue
+        try:
+            pixels.append(processor(images=[image], return_tensors="pt")["pixel_values"][0])
+        except (TypeError, ValueError) as error:
+            given = f"{type(processor).__name__}, which failed on {file.name} ({error})"
+            remedy = "Correct the checkpoint's preprocessor_config.json"
+            raise ValueError(complaint("encoder", given, "an image processor that works", remedy)) from error
+    return pixels, failures
 
 
-def _open(file: Path) -> Image.Image:
+def open_image(file: Path) -> Image.Image:
+    """Open a photo as an upright RGB image."""
+    if not file.is_file():
+        raise OSError("not a regular file")
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata that is not looked at
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                return Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+            return upright.convert("RGB")
 
 
 def _reason(file: Path, error: Exception) -> str:
@@ -74,7 +89,7 @@ def _reason(file: Path, error: Exception) -> str:
         return "an empty file; copy it again"
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can read; convert it to JPEG or PNG"
-    return f"damaged or unreadable ({error}); copy it again"
+    return f"damaged or unreadable ({str(error).strip() or type(error).__name__}); copy it again"
 
 
 def load_processor(source: str) -> Any:
@@ -88,15 +103,22 @@ def load_processor(source: str) -> Any:
         kind = str(settings.get("image_processor_type") or settings["feature_extractor_type"])
         name = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor") + "Pil"
         return getattr(transformers, name).from_pretrained(source)
-    except (OSError, KeyError, AttributeError) as error:
-        given = f"{source!r} ({str(error).strip().splitlines()[0]})"
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        given = f"{source!r} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
         expected = "a checkpoint with a preprocessor_config.json that names an image processor of transformers"
         raise RuntimeError(complaint("encoder", given, expected, "Save the image processor beside the model")) from error
 
 
-def batches(images: Sequence[Image.Image], processor: Any, batch: int) -> list[torch.Tensor]:
-    """Return all images as batches ``[batch, 3, height, width]``; the last one is filled up from the beginning."""
-    count = -(-len(images) // batch) * batch
-    pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-    filled = pixels[[i % len(images) for i in range(count)]]
-    return list(filled.split(batch))
+def batches(pixels: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:
+    """Return all images as batches ``[batch, 3, height, width]``; the last one is filled up from the beginning.
+
+    Raises:
+        ValueError: if the images have different sizes.
+    """
+    sizes = {tuple(image.shape) for image in pixels}
+    if len(sizes) > 1:
+        given = f"an image processor that makes images of {' and '.join(map(str, sorted(sizes)))}"
+        remedy = "Correct its preprocessor_config.json, or pass images of one size"
+        raise ValueError(complaint("encoder", given, "one that makes all images of one size", remedy))
+    count = -(-len(pixels) // batch) * batch
+    return list(torch.stack([pixels[i % len(pixels)] for i in range(count)]).split(batch))

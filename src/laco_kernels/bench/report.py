@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from laco_kernels.errors import complaint
 if TYPE_CHECKING:
     from laco_kernels.bench.system import VecResult, VecRow
 
+SUFFIXES = ("json", "md", "png")
 MEASURED, PAPER = "#1b6ca8", "#d1495b"
 
 
@@ -25,9 +27,10 @@ def headline(result: VecResult) -> str:
     """One line that says what was measured."""
     images = f"{result.images} photo{'s' if result.images > 1 else ''}"
     how = "torch.compile" if result.compiled else "eager"
+    added = result.rows[0].added_parameters / 1e6
     return (
         f"{result.encoder}, batch {result.batch}, {result.dtype}, {how}, {result.weights} weights, {images}, "
-        f"{result.tokens_in} tokens in, {result.rounds} interleaved rounds"
+        f"{result.tokens_in} tokens in, {result.rounds} interleaved rounds; the merge adds {added:.1f} M parameters"
     )
 
 
@@ -36,20 +39,22 @@ def machine(result: VecResult) -> str:
     env = result.environment
     threads = f", {env['cpu_threads']} threads" if result.device == "cpu" else f", driver {env['driver']}"
     versions = f"torch {env['torch']}, transformers {env['transformers']}, Python {env['python']}"
-    return f"{env['device']}{threads}; {versions}; laco_kernels {env['laco_kernels']} ({env['commit']}); {env['date']}"
+    commit = f" ({env['commit']})" if env["commit"] else ""
+    return f"{env['device']}{threads}; {versions}; laco_kernels {env['laco_kernels']}{commit}; {env['date']}"
 
 
 def legend(result: VecResult) -> str:
     """What the columns mean, and the overhead."""
     worst = max(row.overhead for row in result.rows)
     return (
-        "VEC: vision-encode time of one batch, median (p20-p80). Ratio: VEC @1 / VEC, paired by round; paper: the same "
-        "from LaCo's tables. Peak: activations. ok: error against float64 at most twice that of the raster layout in the "
-        f"same precision. Time outside embeddings, layers, merge and norms: at most {worst:.2%}."
+        "VEC: vision-encode time of one batch in ms, median (p20-p80). Ratio: VEC @1 / VEC, paired by round, median (p20-p80); "
+        "paper: the same from LaCo's tables. MiB: peak of activations. ok: error against float64 weights and products at most "
+        f"twice that of the raster layout in the run's precision. Time outside embeddings, layers, merge and norms: at most "
+        f"{worst:.2%}."
     )
 
 
-COLUMNS = ("depth", "layer", "tokens", "GFLOPs", "+params", "VEC ms", "ratio", "paper", "peak MiB", "ok")
+COLUMNS = ("depth", "layer", "tokens", "GFLOPs", "VEC ms", "ratio", "paper", "MiB", "ok")
 
 
 def cells(row: VecRow) -> tuple[str, ...]:
@@ -57,17 +62,21 @@ def cells(row: VecRow) -> tuple[str, ...]:
     digits = 0 if row.vec_ms.median >= 100 else 2
     vec = f"{row.vec_ms.median:.{digits}f} ({row.vec_ms.p20:.{digits}f}-{row.vec_ms.p80:.{digits}f})"
     return (
-        f"@{row.depth}",
+        depth_label(row.depth),
         str(row.layer),
         str(row.tokens),
         f"{row.gflops:.0f}",
-        f"{row.added_parameters / 1e6:.1f}M",
         vec,
-        f"{row.ratio.median:.2f}x",
-        "-" if row.paper_ratio is None else f"{row.paper_ratio:.2f}x",
+        f"{row.ratio.median:.2f} ({row.ratio.p20:.2f}-{row.ratio.p80:.2f})",
+        "-" if row.paper_ratio is None else f"{row.paper_ratio:.2f}",
         f"{row.peak_mib:.0f}",
         "yes" if row.correct else "NO",
     )
+
+
+def depth_label(depth: str) -> str:
+    """``@1/4``; a fraction that is long to write as a decimal."""
+    return f"@{depth}" if len(depth) <= 5 else f"@{float(Fraction(depth)):.3g}"
 
 
 def table(result: VecResult) -> Table:
@@ -102,7 +111,7 @@ def picture(result: VecResult, path: Path) -> None:
     published = [(x, 100 / row.paper_ratio) for x, row in zip(xs, rows, strict=True) if row.paper_ratio]
     if published:
         axes.plot(*zip(*published, strict=True), color=PAPER, marker="s", linestyle="--", label="LaCo paper")
-    axes.set_xticks(xs, [f"@{row.depth}\nlayer {row.layer}" for row in rows])
+    axes.set_xticks(xs, [f"{depth_label(row.depth)}\nlayer {row.layer}" for row in rows])
     axes.set_xlim(-0.3, len(rows) - 0.4)
     axes.set_ylim(0, 110)
     axes.set_xlabel(f"where 2 x 2 tokens are merged ({result.tokens_in} tokens in, {rows[0].tokens} out)")
@@ -117,10 +126,10 @@ def picture(result: VecResult, path: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless results can be written into ``folder``, which need not exist yet."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
     try:
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -130,19 +139,23 @@ def check_folder(folder: Path) -> None:
 
 
 def write(result: VecResult, folder: Path) -> list[Path]:
-    """Write JSON, Markdown and the picture into ``folder`` under a name that nothing there has yet; return the paths."""
+    """Write JSON, Markdown and the picture into ``folder`` under a name that nothing there has yet; return the paths.
+
+    Where writing fails nothing is left behind.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = Path(result.encoder).name
+    encoder = Path(result.encoder).resolve().name
     base = f"vec-{encoder}-{result.device}-{result.dtype}-batch{result.batch}"
     stem, number = base, 1
-    while any((folder / f"{stem}.{suffix}").exists() for suffix in ("json", "md", "png")):
+    while any((folder / f"{stem}.{suffix}").exists() for suffix in SUFFIXES):
         number += 1
         stem = f"{base}-{number}"
-    paths = [folder / f"{stem}.{suffix}" for suffix in ("json", "md", "png")]
-    parts = [folder / f".{stem}.part.{suffix}" for suffix in ("json", "md", "png")]
-    parts[0].write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    parts[1].write_text(f"{markdown(result)}\n![VEC against depth]({stem}.png)\n", encoding="utf-8")
-    picture(result, parts[2])
-    for part, path in zip(parts, paths, strict=True):
-        part.replace(path)
+    paths = [folder / f"{stem}.{suffix}" for suffix in SUFFIXES]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
+        parts = [Path(part) / path.name for path in paths]
+        parts[0].write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        parts[1].write_text(f"{markdown(result)}\n![VEC against depth]({stem}.png)\n", encoding="utf-8")
+        picture(result, parts[2])
+        for finished, path in zip(parts, paths, strict=True):
+            finished.replace(path)
     return paths

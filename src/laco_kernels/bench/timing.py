@@ -68,7 +68,7 @@ def interleave(
     rounds: int | None = None,
     seconds: float = 45.0,
     warmup: int = 1,
-    on_call: Callable[[], None] = lambda: None,
+    on_call: Callable[[float], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Time the variants in turn, round after round, so that drift of the machine meets all of them alike.
 
@@ -78,7 +78,7 @@ def interleave(
         rounds: how many rounds; by default as many as ``seconds`` allow, at least 5 and at most 200.
         seconds: time budget for the rounds where ``rounds`` is not given.
         warmup: untimed rounds before.
-        on_call: called after every call, for a progress bar.
+        on_call: called after every call with how much of the whole is done, for a progress bar.
 
     Returns:
         Milliseconds by name, one entry a round.
@@ -87,13 +87,14 @@ def interleave(
     for _ in range(warmup):
         for call in variants.values():
             milliseconds(lambda call=call: call(0), device)  # type: ignore[misc]
-            on_call()
+            on_call(0.0)
     begin = time.perf_counter()
     least, most = (rounds, rounds) if rounds is not None else (5, 200)
     for i in range(most):
-        if i >= least and time.perf_counter() - begin > seconds:
+        spent = time.perf_counter() - begin
+        if i >= least and spent > seconds:
             break
         for name, call in variants.items():
             samples[name].append(milliseconds(lambda call=call, i=i: call(i), device))  # type: ignore[misc]
-            on_call()
+            on_call(i / most if rounds is not None else min(max(i / most, spent / max(seconds, 1e-9)), i / least))
     return samples

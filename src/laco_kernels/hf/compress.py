@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
 from laco_kernels.hf.encoders import FAMILIES
-from laco_kernels.hf.mixins import CompressedEncoder, CompressionConfig
-from laco_kernels.nn import PatchMergeLayer
-from laco_kernels.ops.checks import check_choice
-from laco_kernels.ops.patch_merge import LAYOUTS
+from laco_kernels.hf.mixins import CompressedEncoder, CompressionConfig, build_merge
 
-if TYPE_CHECKING:
-    from os import PathLike
-
-COMPRESSORS = ("laco",)
 DEFAULT_DEPTH = Fraction(1, 4)
 
 
 def compress(
-    encoder: PreTrainedModel | PreTrainedConfig | str | PathLike[str],
+    encoder: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
     *,
     depth: float | Fraction | None = None,
     layer: int | None = None,
@@ -68,21 +62,24 @@ def compress(
             checkpoint lacks weights of the encoder.
         RuntimeError: a checkpoint cannot be read, for instance a hub name without a network.
     """
-    check_choice("compressor", compressor, COMPRESSORS)
-    check_choice("layout", layout, LAYOUTS)
     config, source = _resolve(encoder)
     stock = _stock_class(config)
+    if isinstance(source, PreTrainedModel) and not isinstance(source, stock):
+        remedy = "Pass the vision model inside it, such as model.vision_model"
+        raise TypeError(complaint("encoder", f"a {type(source).__name__}", f"one of {_supported()}", remedy))
     config_class, model_class = FAMILIES[stock]
     compression = {
         "layer": _layer(depth, layer, config.num_hidden_layers),
         "compressor": compressor,
-        "ratio": integer("ratio", ratio, 2),
+        "ratio": int(integer("ratio", ratio, 2)),
         "layout": layout,
         "options": options,
     }
-    _check_options(config_class, config, compression)
     inherited = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     compressed = config_class(**inherited, compression=compression, attn_implementation=config._attn_implementation)
+    merge = build_merge(compressed, device="meta")  # refuses wrong options before weights are touched
+    if "hidden_dim" in options:
+        options["hidden_dim"] = int(merge.hidden_dim)  # as JSON can hold it
     if source is None:
         return model_class(compressed)
     return _share_weights(load_stock(source) if isinstance(source, str) else source, model_class, compressed)
@@ -110,7 +107,7 @@ def load_stock(source: str) -> PreTrainedModel:
             # Inside a larger model the encoder's keys have the tower's prefix.
             key_mapping={r"^(model\.)?(vision_tower\.vision_model|vision_tower|vision_model)\.": ""},
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader raises
         raise _unreadable(source, error) from error
     lacking = [*sorted(info["missing_keys"]), *map(str, info["mismatched_keys"])]
     if lacking:
@@ -129,18 +126,14 @@ def _layer(depth: float | Fraction | None, layer: int | None, num_layers: int) -
     if depth is not None and layer is not None:
         raise ValueError(complaint("depth", f"{depth} together with layer={layer}", "one of the two", "Drop one of them"))
     if layer is not None:
-        layer = integer("layer", layer, 1)
-        if layer > num_layers:
-            remedy = f"Pass layer={num_layers} to compress behind the encoder"
-            raise ValueError(complaint("layer", layer, f"1 to {num_layers}, the layers of this encoder", remedy))
-        return layer
+        return int(integer("layer", layer, 1))  # build_merge looks at the other end
     depth = DEFAULT_DEPTH if depth is None else depth
-    if isinstance(depth, bool) or not isinstance(depth, (int, float, Fraction)):
+    if isinstance(depth, bool) or not isinstance(depth, Real):
         raise TypeError(complaint("depth", repr(depth), "a number in (0, 1]", "Pass a fraction such as depth=1/4"))
     if not 0 < depth <= 1:
         remedy = "Pass a fraction such as depth=1/4, or layer=... for a number of layers"
         raise ValueError(complaint("depth", depth, "a fraction in (0, 1]", remedy))
-    return layer_at(depth, num_layers)
+    return layer_at(depth if isinstance(depth, Fraction) else float(depth), num_layers)
 
 
 def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str | None]:
@@ -151,13 +144,13 @@ def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str |
         config, source = encoder.config, encoder
     elif isinstance(encoder, PreTrainedConfig):
         config = getattr(encoder, "vision_config", encoder)
-    elif isinstance(encoder, (str, Path)):
-        source = str(encoder)
+    elif isinstance(encoder, (str, os.PathLike)):
+        source = os.fspath(encoder)
         config = _read_config(source)
         config = getattr(config, "vision_config", config)
     else:
-        remedy = "Pass the vision model itself"
-        expected = "a transformers vision model, a config, a local folder or a hub name"
+        remedy = "Pass the vision model itself: before torch.compile, and out of PEFT by get_base_model()"
+        expected = f"a model ({_supported()}), a config, a local folder or a hub name"
         raise TypeError(complaint("encoder", type(encoder).__name__, expected, remedy))
     if isinstance(config, CompressionConfig):
         given = f"a {config.model_type} that merges after layer {config.compression['layer']}"
@@ -169,47 +162,31 @@ def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for stock in FAMILIES:
         if type(config) is stock.config_class:
             return stock
-    names = ", ".join(stock.__name__ for stock in FAMILIES)
     remedy = "Pass a vision model of one of these families"
     if hasattr(config, "vision_config"):
         remedy = "Pass the vision tower inside it, such as model.vision_model or model.model.vision_tower"
-    raise TypeError(complaint("encoder", f"a model of type {config.model_type!r}", f"one of {names}", remedy))
+    raise TypeError(complaint("encoder", f"a model of type {config.model_type!r}", f"one of {_supported()}", remedy))
 
 
-def _check_options(config_class: type[CompressionConfig], config: PreTrainedConfig, compression: dict[str, Any]) -> None:
-    """Refuse options that the merge layer would refuse, or that an encoder cannot use, before any weights are touched."""
-    fixed = ("out_dim", "prefix_tokens", "pad", "device", "dtype", "dim")
-    for name in compression["options"]:
-        if name in fixed:
-            given = repr(compression["options"][name])
-            raise TypeError(complaint(name, given, "no value, since the encoder decides it", f"Drop {name}"))
-    try:
-        PatchMergeLayer(
-            config.hidden_size,
-            compression["ratio"],
-            prefix_tokens=config_class.prefix_tokens,
-            device="meta",
-            **compression["options"],
-        )
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        known = "hidden_dim, residual, norm, bias, zero_init_last, approximate"
-        given = ", ".join(compression["options"])
-        raise TypeError(complaint("options", given, f"some of {known}", "Correct the spelling")) from None
+def _supported() -> str:
+    return ", ".join(stock.__name__ for stock in FAMILIES)
 
 
 def _share_weights(
     encoder: PreTrainedModel, model_class: type[CompressedEncoder], config: PreTrainedConfig
 ) -> CompressedEncoder:
     """Build the compressed model around the very parameters and buffers of ``encoder``."""
+    if any(hasattr(module, "_hf_hook") for module in encoder.modules()):
+        remedy = "Compress the model before accelerate dispatches or offloads it"
+        raise ValueError(
+            complaint("encoder", f"an offloaded {type(encoder).__name__}", "one whose weights are in place", remedy)
+        )
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
-    own = set(_names(model))
-    extra = [name for name in _names(encoder) if name not in own]
-    lacking = [name for name in own if ".merge." not in name and name not in set(_names(encoder))]
-    if extra or lacking:
-        given = f"a {type(encoder).__name__} with changed parameters ({', '.join(sorted(extra + lacking)[:3])}, ...)"
+    given_names, own_names = set(_names(encoder)), set(_names(model))
+    changed = sorted(given_names ^ {name for name in own_names if ".merge." not in name})
+    if changed:
+        given = f"a {type(encoder).__name__} with changed parameters ({', '.join(changed[:3])}, ...)"
         remedy = "Merge or remove adapters and quantisation first, and add them after compressing"
         raise ValueError(complaint("encoder", given, "the stock parameters", remedy))
     for owner, name, tensor in _tensors(encoder):
@@ -222,8 +199,11 @@ def _share_weights(
     merge.to_empty(device=encoder.device).to(encoder.dtype)
     merge.reset_parameters()
     model.train(encoder.training)
-    if getattr(encoder, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_enable()
+    for name, module in encoder.named_modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            twin = model.get_submodule(name)
+            twin.gradient_checkpointing = module.gradient_checkpointing
+            twin._gradient_checkpointing_func = module._gradient_checkpointing_func
     return model
 
 
@@ -244,13 +224,13 @@ def _tensors(model: PreTrainedModel) -> list[tuple[str, str, torch.Tensor]]:
 def _read_config(source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged config raises whatever its parts raise
         raise _unreadable(source, error) from error
 
 
 def _unreadable(source: str, error: Exception) -> RuntimeError:
-    reason = str(error).strip().splitlines()[0]
-    if Path(source).is_dir():
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if source and Path(source).is_dir():
         expected = "a folder with config.json and model.safetensors"
         remedy = "Save the model with save_pretrained, or convert a pickled checkpoint to safetensors"
     else:

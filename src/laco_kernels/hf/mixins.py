@@ -7,6 +7,8 @@ a merge as child module, and the model that holds both together. Parameters keep
 
 from __future__ import annotations
 
+import inspect
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,8 +16,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from laco_kernels.errors import complaint
-from laco_kernels.geometry import Windows
+from laco_kernels.geometry import Windows, integer
 from laco_kernels.nn import PatchMergeLayer
+from laco_kernels.ops.checks import check_choice
+from laco_kernels.ops.patch_merge import LAYOUTS
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -32,15 +36,59 @@ class CompressionConfig:
     prefix_tokens: ClassVar[int]
     compression: Any
     hidden_size: int
+    num_hidden_layers: int
+    image_size: int | list[int] | tuple[int, ...]
     patch_size: int | list[int] | tuple[int, ...]
 
 
-def windows_of(config: CompressionConfig, pixel_values: torch.Tensor) -> Windows:
-    """Return the windows of images ``[B, 3, height, width]``."""
+COMPRESSORS = ("laco",)
+FIXED_OPTIONS = ("dim", "ratio", "out_dim", "prefix_tokens", "pad", "device", "dtype")
+
+# The windows of the images that this thread is encoding, from the model down to its merging layer.
+_current_windows: ContextVar[Windows | None] = ContextVar("current_windows", default=None)
+
+
+def build_merge(config: Any, device: torch.device | str | None = None) -> PatchMergeLayer:
+    """Build the merge that ``config.compression`` describes.
+
+    Raises:
+        TypeError: if an entry has the wrong type, or an option is unknown or not the user's to choose.
+        ValueError: if there is no compression, an entry is missing, unknown or out of range.
+    """
+    compression = config.compression
+    wanted = ("layer", "compressor", "ratio", "layout", "options")
+    if not isinstance(compression, dict) or set(compression) != set(wanted):
+        given = f"a {type(config).__name__} with compression={compression!r}"
+        remedy = "Build the model with laco_kernels.hf.compress"
+        raise ValueError(complaint("config", given, f"a dictionary of {', '.join(wanted)}", remedy))
+    if integer("layer", compression["layer"], 1) > config.num_hidden_layers:
+        expected = f"1 to {config.num_hidden_layers}, the layers of this encoder"
+        remedy = f"Pass layer={config.num_hidden_layers} to compress behind the encoder"
+        raise ValueError(complaint("layer", compression["layer"], expected, remedy))
+    check_choice("compressor", compression["compressor"], COMPRESSORS)
+    check_choice("layout", compression["layout"], LAYOUTS)
+    options = compression["options"]
+    for name in options:
+        if name in FIXED_OPTIONS:
+            raise TypeError(complaint(name, repr(options[name]), "no value, since the encoder decides it", f"Drop {name}"))
+        if name not in inspect.signature(PatchMergeLayer).parameters:
+            known = [key for key in inspect.signature(PatchMergeLayer).parameters if key not in FIXED_OPTIONS]
+            raise TypeError(complaint("options", name, f"some of {', '.join(known)}", "Correct the spelling"))
+    return PatchMergeLayer(
+        config.hidden_size,
+        compression["ratio"],
+        prefix_tokens=config.prefix_tokens,
+        pad=True,
+        device=device,
+        **options,
+    )
+
+
+def windows_of(config: CompressionConfig, height: int, width: int) -> Windows:
+    """Return the windows of an image of ``height x width`` pixels."""
     patch = config.patch_size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
-    return Windows(grid, config.compression["ratio"], config.prefix_tokens, pad=True)
+    return Windows((height // patch_height, width // patch_width), config.compression["ratio"], config.prefix_tokens, pad=True)
 
 
 def inner_layout(config: CompressionConfig, windows: Windows) -> str:
@@ -65,7 +113,7 @@ class BlockOrderEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Embed images ``[B, 3, height, width]`` into ``[B, P + N, C]``."""
         tokens = super().forward(pixel_values, *args, **kwargs)
-        windows = windows_of(self.config, pixel_values)
+        windows = windows_of(self.config, *pixel_values.shape[-2:])
         return windows.to_block_order(tokens) if inner_layout(self.config, windows) == "block" else tokens
 
 
@@ -75,24 +123,22 @@ class MergingLayer(nn.Module):
     def __init__(self, config: CompressionConfig) -> None:
         super().__init__(config)
         self.config = config
-        self.windows: Windows | None = None
-        self.merge = PatchMergeLayer(
-            config.hidden_size,
-            config.compression["ratio"],
-            prefix_tokens=config.prefix_tokens,
-            pad=True,
-            **config.compression["options"],
-        )
+        self.windows: Windows | None = None  # while a compiler traces, which cannot follow a context variable
+        self.merge = build_merge(config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand the image size on as an argument, so that a recomputation in the backward pass sees that of its forward."""
-        return super().__call__(*args, windows=self.windows, **kwargs)
+        """Hand the windows on as an argument, so that a recomputation in the backward pass sees those of its forward."""
+        windows = self.windows if torch.compiler.is_compiling() else _current_windows.get()
+        if windows is None:  # called without the model around it
+            size = self.config.image_size
+            windows = windows_of(self.config, *((size, size) if isinstance(size, int) else size))
+        return super().__call__(*args, windows=windows, **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, windows: Windows, **kwargs: Any) -> torch.Tensor:
         """Run the stock layer on ``[B, P + N, C]``, then merge into ``[B, P + N', C]``."""
         hidden_states = super().forward(hidden_states, *args, **kwargs)
         merged = self.merge(hidden_states, windows.grid, layout=inner_layout(self.config, windows))
-        # Under autocast the merge computes in the lower precision; the residual stream keeps its own.
+        # Without a residual autocast would lower the precision of the stream.
         return merged.to(hidden_states.dtype)
 
 
@@ -108,10 +154,7 @@ class CompressedEncoder(PreTrainedModel):
     embeddings_class: ClassVar[type[BlockOrderEmbeddings]]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        if not config.compression:
-            given = f"a {type(config).__name__} without compression"
-            remedy = "Build the model with laco_kernels.hf.compress"
-            raise ValueError(complaint("config", given, "one that says where and how tokens are merged", remedy))
+        build_merge(config, device="meta")  # refuses a wrong config before anything is built
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
         self.get_submodule(self.layers_path)[config.compression["layer"] - 1] = self.layer_class(config)
@@ -134,10 +177,17 @@ class CompressedEncoder(PreTrainedModel):
         self, pixel_values: torch.Tensor, *args: Any, return_dict: bool | None = None, **kwargs: Any
     ) -> ModelOutput | tuple[Any, ...]:
         """Encode images ``[B, 3, height, width]``; arguments and outputs are the stock model's."""
-        windows = windows_of(self.config, pixel_values)
-        # InternVL's encoder hands no keyword arguments on to its layers, so the image size travels as an attribute.
-        self.merging_layer.windows = windows
-        outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
+        windows = windows_of(self.config, *pixel_values.shape[-2:])
+        # InternVL's encoder hands no keyword arguments on to its layers, so the windows travel beside the call.
+        if torch.compiler.is_compiling():
+            self.merging_layer.windows = windows
+            outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
+        else:
+            token = _current_windows.set(windows)
+            try:
+                outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
+            finally:
+                _current_windows.reset(token)
         if inner_layout(self.config, windows) == "block":
             self._restore_raster_order(outputs, windows)
         if return_dict is None:
@@ -145,14 +195,15 @@ class CompressedEncoder(PreTrainedModel):
         return outputs if return_dict else outputs.to_tuple()
 
     def _restore_raster_order(self, outputs: ModelOutput, windows: Windows) -> None:
-        layer = self.config.compression["layer"]
+        """Merged states are in raster order already, and shorter than those before them."""
+        before = windows.num_tokens
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(
-                windows.to_raster_order(state) if state is not None and i < layer else state
-                for i, state in enumerate(outputs.hidden_states)
+                windows.to_raster_order(state) if state is not None and state.shape[1] == before else state
+                for state in outputs.hidden_states
             )
         if outputs.attentions is not None:
             outputs.attentions = tuple(
-                windows.to_raster_order(windows.to_raster_order(weights, 2), 3) if i < layer else weights
-                for i, weights in enumerate(outputs.attentions)
+                windows.to_raster_order(windows.to_raster_order(weights, 2), 3) if weights.shape[-1] == before else weights
+                for weights in outputs.attentions
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from laco_kernels import reference
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether ``linear`` does nothing but multiply: no adapter, quantisation, offloading or hook has been put on it."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in vars(linear)
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+    )
 
 
 class PatchMergeLayer(nn.Module):
@@ -71,7 +82,10 @@ class PatchMergeLayer(nn.Module):
         if norm is not None:
             checks.check_choice("norm", norm, tuple(NORMS))
         self.residual, self.approximate, self.pad = residual, approximate, bool(pad)
-        self.zero_init_last = residual != "none" if zero_init_last is None else bool(zero_init_last)
+        if zero_init_last not in (None, True, False):
+            remedy = "Leave it out to start at zero wherever there is a residual"
+            raise TypeError(complaint("zero_init_last", repr(zero_init_last), "True, False or None", remedy))
+        self.zero_init_last = residual != "none" if zero_init_last is None else zero_init_last
         self._check_options()
         factory = {"device": device, "dtype": dtype}
         self.norm = NORMS[norm](self.in_dim, **factory) if norm else None
@@ -112,18 +126,25 @@ class PatchMergeLayer(nn.Module):
     def forward(self, x: torch.Tensor, grid: Sequence[int], *, layout: str = "raster") -> torch.Tensor:
         """Merge ``x [B, P + N, dim]`` with ``grid = (H, W)`` into ``[B, P + N', out_dim]``.
 
-        ``layout="block"`` says that the patch tokens already lie window by window. Errors are those of
+        ``layout="block"`` says that the patch tokens already lie window by window. Under autocast the MLP computes in
+        autocast's dtype, the residual and the prefix keep that of ``x``. Errors are those of
         :func:`laco_kernels.patch_merge`.
         """
-        if self.norm is None:
+        fused = _is_plain(self.linear1) and _is_plain(self.linear2)
+        if fused and self.norm is None and checks.autocast_dtype(x) == x.dtype:
             return self._merge(x, grid, layout, self.residual, self.prefix_tokens)
-        # The MLP sees normalised tokens; the residual and the prefix stay raw.
-        windows = Windows(check_grid(grid), self.ratio, 0, self.pad)
+        # Residual and prefix are those of the tokens as they came, whatever the MLP sees of them.
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-        merged = self._merge(self.norm(patches), grid, layout, "none", 0)
+        windows = Windows(check_grid(grid), self.ratio, 0, self.pad)
+        normed = patches if self.norm is None else self.norm(patches)
+        if fused:
+            merged = self._merge(normed, grid, layout, "none", 0)
+        else:
+            hidden = self.linear1(reference.space_to_depth(normed, windows, layout))
+            merged = self.linear2(F.gelu(hidden, approximate=self.approximate))
         if self.residual != "none":
             merged = merged + reference.residual(patches, windows, self.residual, layout)
-        return torch.cat([prefix.to(merged.dtype), merged], dim=1) if self.prefix_tokens else merged
+        return torch.cat([prefix, merged], dim=1) if self.prefix_tokens else merged
 
     def _merge(self, x: torch.Tensor, grid: Sequence[int], layout: str, residual: str, prefix_tokens: int) -> torch.Tensor:
         return patch_merge(

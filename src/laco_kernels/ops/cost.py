@@ -61,7 +61,10 @@ def strided_conv_gelu_bytes(batch: int, patches: int, windows: int, channels: in
 def multi_block_linear_gelu_bytes(
     batch: int, blocks: int, patches: int, channels: int, out: int, itemsize: int, impl: str
 ) -> int:
-    """Bytes that the forward pass of ``multi_block_linear_gelu`` moves; the reference concatenates, the composite sums in float32."""
+    """Bytes that the forward pass of ``multi_block_linear_gelu`` moves.
+
+    The reference concatenates, the composite sums in float32.
+    """
     elements = blocks * patches * channels + patches * out
     extra = 0
     if impl == "reference":
@@ -104,4 +107,4 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "multi_block_linear_gelu_backward": _fusion_backward,
 }
 for _name, _formula in FORMULAS.items():
-    register_flop_formula(getattr(torch.ops.laco, _name))(_formula)  # type: ignore[arg-type]
+    register_flop_formula(getattr(torch.ops.laco, _name))(_formula)
