@@ -1,4 +1,4 @@
-"""What every test gets: no network, poisoned memory, a fixed seed."""
+"""What every test gets: no network, poisoned memory, a fixed seed, and Triton's interpreter where there is no GPU."""
 
 import os
 
@@ -6,6 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
 import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+settings.register_profile("default", deadline=None, max_examples=100)
+settings.register_profile("fuzz", deadline=None, max_examples=1700)  # six kernel tests: 10,000 cases
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

@@ -138,9 +138,9 @@ def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _to_tokens(merged: torch.Tensor, prefix: torch.Tensor, windows: Windows, layout: str) -> torch.Tensor:
     """Transpose of :func:`space_to_depth`, with ``prefix`` in front."""
-    tokens = merged.unflatten(2, (windows.ratio**2, -1))
+    tokens = merged.unflatten(2, (windows.ratio**2, merged.shape[2] // windows.ratio**2))
     patches = windows.join(tokens) if layout == "raster" else tokens.flatten(1, 2)
-    return torch.cat([prefix, patches], dim=1)
+    return torch.cat([prefix, patches], dim=1) if windows.prefix_tokens else patches
 
 
 def strided_conv_gelu_forward(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import laco_kernels
-from laco_kernels.kernels.select import IMPLEMENTATIONS, unavailable
+from laco_kernels.kernels import select
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
@@ -39,7 +39,13 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 def implementations() -> dict[str, str | None]:
     """Return, for every implementation, ``None`` where it is available and else the reason why it is not."""
-    return {impl: unavailable(impl) for impl in IMPLEMENTATIONS}
+    return {impl: select.unavailable(impl) for impl in select.IMPLEMENTATIONS}
+
+
+def automatic_choices() -> dict[str, select.Choice]:
+    """Return what runs each operator where no ``impl=`` is given, and why: for 4096 tokens in bfloat16 on a GPU if any."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {op: select.choose(op, device, torch.bfloat16, 4096) for op in select.OPERATORS}
 
 
 def _version(package: str) -> str | None:

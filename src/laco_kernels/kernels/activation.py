@@ -27,12 +27,24 @@ def _phi_erf(x, CHEAP: tl.constexpr):
 
 
 @triton.jit
+def _phi_tanh(x):
+    """Return ``(1 + tanh(u)) / 2`` and its derivative by ``2u``, for ``2u = sqrt(8 / pi) (x + 0.044715 x^3)``.
+
+    From ``exp(-|2u|)``, which cannot overflow; and the derivative without subtracting nearly equal numbers.
+    """
+    inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    z = tl.exp(-tl.abs(inner))
+    upper = 1.0 / (1.0 + z)
+    return tl.where(inner >= 0, upper, z * upper), z * upper * upper
+
+
+@triton.jit
 def gelu(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
     """``x Phi(x)``, with Phi from erf (1) or from tanh (2) as in ``torch.nn.functional.gelu``."""
     if ACTIVATION == 1:
         phi, _ = _phi_erf(x, CHEAP)
     else:
-        phi = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        phi, _ = _phi_tanh(x)
     return x * phi
 
 
@@ -43,7 +55,6 @@ def gelu_and_derivative(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
         phi, density = _phi_erf(x, CHEAP)
         derivative = phi + x * density
     else:
-        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        phi = 1.0 / (1.0 + tl.exp(-inner))
-        derivative = phi + x * phi * (1.0 - phi) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        phi, slope = _phi_tanh(x)
+        derivative = phi + x * slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return x * phi, derivative

@@ -22,7 +22,7 @@ RESIDUAL = {"none": NO_RESIDUAL, "mean": MEAN, "channel_group": CHANNEL_GROUP}
 def gathered(x: torch.Tensor, windows: Windows, layout: str) -> torch.Tensor:
     """``S(x)`` for a weight gradient: a view in block order, else a copy by one pass."""
     if layout == "block" and not windows.prefix_tokens and x.is_contiguous():
-        return x.view(x.shape[0], windows.num_windows, -1)
+        return x.view(x.shape[0], windows.num_windows, windows.ratio**2 * x.shape[2])
     merged = x.new_empty(x.shape[0], windows.num_windows, windows.ratio**2 * x.shape[2])
     pointwise.split(x, windows, GATHER[layout], merged, NO_RESIDUAL, None, None)
     return merged

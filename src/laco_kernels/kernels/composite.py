@@ -34,7 +34,8 @@ def patch_merge_forward(
     batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
     out = weight2.shape[0]
     is_view = layout == "block" and not prefix and x.is_contiguous()
-    merged = x.view(batch, rows, -1) if is_view else x.new_empty(batch, rows, weight1.shape[1])
+    shape = (batch, rows, weight1.shape[1])
+    merged = x.view(shape) if is_view else x.new_empty(shape)
     y = x.new_empty(batch, prefix + rows, out)
     y[:, :prefix] = x[:, :prefix]
     has_residual = residual_kind != "none"

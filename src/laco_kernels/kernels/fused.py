@@ -86,7 +86,7 @@ def patch_merge_backward(
     dx = dweight1 = dbias1 = dweight2 = dbias2 = None
     if any(needs[:4]):
         dpre, act = torch.empty_like(pre), torch.empty_like(pre)
-        tile = tile_for(batch * rows, hidden, pre.dtype)
+        tile = tile_for(batch * rows, hidden, pre.dtype, heavy=True)
         partial = pre.new_empty((triton.cdiv(batch * rows, tile.bm), hidden), dtype=accumulator_torch(pre.dtype))
         gathered_gemm(
             [grad],

@@ -87,6 +87,7 @@ def gathered_gemm_kernel(
     RESIDUAL: tl.constexpr,
     RESIDUAL_GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
+    FLAT: tl.constexpr,
     CHEAP: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,23 +128,25 @@ def gathered_gemm_kernel(
                 m_a &= (o_c < channels)[None, :]
                 m_w &= (o_c < channels)[:, None]
             b_a = tl.load(p_a[i_source] + o_a[:, None] + o_c[None, :].to(tl.int64) * stride_ac[i_source], mask=m_a, other=0.0)
-            p_tile = p_w + o_n[None, :].to(tl.int64) * stride_wn + o_w[:, None].to(tl.int64) * stride_wk
-            b_w = tl.load(p_tile, mask=m_w, other=0.0)
+            p_w_tile = p_w + o_n[None, :].to(tl.int64) * stride_wn + o_w[:, None].to(tl.int64) * stride_wk
+            b_w = tl.load(p_w_tile, mask=m_w, other=0.0)
             b_acc = tl.dot(b_a, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
     m_tile = m_m[:, None] & m_n[None, :]
-    o_flat = o_m[:, None].to(tl.int64) * N + o_n[None, :]
+    # Offsets within the tile fit 32 bits, which halves the registers they take; the tile's own place does not.
+    o_tile = tl.arange(0, BM)[:, None] * N + o_n[None, :]
+    o_first = i_m.to(tl.int64) * BM * N
     if HAS_BIAS:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
     if DERIVATIVE:
-        b_pre = tl.load(p_pre + o_flat, mask=m_tile, other=0.0).to(ACC)
+        b_pre = tl.load(p_pre + o_first + o_tile, mask=m_tile, other=0.0).to(ACC)
         b_act, b_slope = gelu_and_derivative(b_pre, ACTIVATION, CHEAP)
-        tl.store(p_act + o_flat, b_act.to(p_act.dtype.element_ty), mask=m_tile)
+        tl.store(p_act + o_first + o_tile, b_act.to(p_act.dtype.element_ty), mask=m_tile)
         b_acc = tl.where(m_tile, b_acc * b_slope, 0.0)
         tl.store(p_partial + i_m.to(tl.int64) * N + o_n, tl.sum(b_acc, 0), mask=m_n)
     elif ACTIVATION:
         if SAVE_PRE:
-            tl.store(p_pre + o_flat, b_acc.to(p_pre.dtype.element_ty), mask=m_tile)
+            tl.store(p_pre + o_first + o_tile, b_acc.to(p_pre.dtype.element_ty), mask=m_tile)
         b_acc = gelu(b_acc, ACTIVATION, CHEAP)
 
     if SCATTER:
@@ -159,7 +162,7 @@ def gathered_gemm_kernel(
         elif RESIDUAL == 2:
             o_group = (o_n // (RATIO * RATIO))[None, :].to(tl.int64)
             b_acc += tl.load(p_res + o_g + o_group * stride_rc, mask=m_tile, other=0.0).to(ACC) / (RATIO * RATIO)
-        o_out = i_b[:, None] * stride_ob + i_token.to(tl.int64) * channels_out + o_c[None, :]
+        p_tile = p_out + i_b[:, None] * stride_ob + i_token.to(tl.int64) * channels_out + o_c[None, :]
     else:
         if RESIDUAL:
             b_res = tl.zeros([BM, BN], dtype=ACC)
@@ -178,8 +181,11 @@ def gathered_gemm_kernel(
                 b_acc += b_res / real_tokens(i_q, height, width, out_width, RATIO).to(ACC)[:, None]
             else:
                 b_acc += b_res / (RATIO * RATIO)
-        o_out = i_b[:, None] * stride_ob + (out_prefix + i_q)[:, None].to(tl.int64) * N + o_n[None, :]
-    tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_tile)
+        if FLAT:
+            p_tile = p_out + o_first + o_tile
+        else:
+            p_tile = p_out + i_b[:, None] * stride_ob + (out_prefix + i_q)[:, None].to(tl.int64) * N + o_n[None, :]
+    tl.store(p_tile, b_acc.to(p_out.dtype.element_ty), mask=m_tile)
 
 
 @dataclass(frozen=True)
@@ -198,17 +204,24 @@ TILES = {
     "half-large": Tile(128, 128, 64, 8, 3),
     "half-medium": Tile(128, 64, 64, 4, 4),
     "half-small": Tile(64, 64, 64, 4, 4),
-    "float-large": Tile(64, 64, 32, 4, 3),
-    "float-small": Tile(32, 64, 32, 4, 3),
+    "half-heavy": Tile(128, 64, 64, 8, 3),
+    "float-large": Tile(64, 32, 16, 4, 4),
+    "float-small": Tile(32, 64, 16, 4, 3),
 }
+HEAVY = ("half-heavy", "half-small", "float-small")  # tiles whose registers hold a heavy epilogue too
 
 
-def tile_for(m: int, n: int, dtype: torch.dtype) -> Tile:
-    """Choose a tile by shape: the largest one that still gives every multiprocessor of a large GPU something to do."""
+def tile_for(m: int, n: int, dtype: torch.dtype, *, heavy: bool = False) -> Tile:
+    """Choose a tile by shape: the largest one that still gives every multiprocessor of a large GPU something to do.
+
+    ``heavy`` says that the epilogue is dGELU or the channel-group residual, which need registers for themselves.
+    """
     if INTERPRETED:
         return Tile(32, 32, 32, 4, 1)
     if dtype in (torch.float32, torch.float64):
-        return TILES["float-large" if m * n >= 64 * 64 * 132 else "float-small"]
+        return TILES["float-large" if m * n >= 64 * 32 * 264 and not heavy else "float-small"]
+    if heavy:
+        return TILES["half-heavy" if m * n >= 128 * 64 * 132 else "half-small"]
     if m * n >= 128 * 128 * 132:
         return TILES["half-large"]
     return TILES["half-medium" if m * n >= 128 * 64 * 132 else "half-small"]
@@ -265,7 +278,7 @@ def gathered_gemm(
     m, n = first.shape[0] * rows, weight.shape[0]
     if m == 0 or n == 0:
         return
-    tile = tile or tile_for(m, n, first.dtype)
+    tile = tile or tile_for(m, n, first.dtype, heavy=residual == CHANNEL_GROUP and scatter == ROWS)
     ratio = windows.ratio if windows is not None else 1
     height, width = windows.grid if windows is not None else (1, 1)
     out_width = windows.out_grid[1] if windows is not None else 1
@@ -310,6 +323,7 @@ def gathered_gemm(
         RESIDUAL=residual,
         RESIDUAL_GATHER=residual_gather,
         SCATTER=scatter,
+        FLAT=out_prefix == 0,
         CHEAP=is_cheap(first.dtype),
         ACC=accumulator(first.dtype),
         PRECISION=precision(),

@@ -1,14 +1,25 @@
 """Which implementation runs an operator, and why another one cannot.
 
-An explicit choice never falls back. The automatic one is the reference wherever nothing faster has been verified.
+An explicit ``impl=`` never falls back. The automatic choice is made by this rule:
+
+1. ``LACO_IMPL`` in the environment, for debugging, is an explicit choice for every call that makes none.
+2. The shipped table (``winners.json``, written by measurement) has rows for this device's name: the winner of the row for
+   this operator, dtype and number of output tokens.
+3. It has rows for another device of the same architecture, and ``laco check`` passed here (its verdict lies in the user's
+   cache folder): that device's winner.
+4. Else the reference. A kernel that was never verified on a GPU of this architecture is never chosen by itself.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,7 +34,16 @@ MODULES = {
     "triton": "laco_kernels.kernels.fused",
 }
 IMPLEMENTATIONS = (*MODULES, "cuda")
+OPERATORS = ("patch_merge", "strided_conv_gelu", "multi_block_linear_gelu")
 AUTO = "auto"
+TABLE = Path(__file__).with_name("winners.json")
+
+
+class Choice(NamedTuple):
+    """An implementation and why it was chosen."""
+
+    impl: str
+    reason: str
 
 
 def interpreted() -> bool:
@@ -74,6 +94,82 @@ def check(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return impl
 
 
-def load(impl: str) -> ModuleType:
-    """Return the module that implements the operators; Triton is imported here and not before."""
-    return importlib.import_module(MODULES["reference" if impl == AUTO else impl])
+def load(impl: str, op: str, like: torch.Tensor, rows: int) -> ModuleType:
+    """Return the module that runs ``op`` on ``rows`` output tokens on the device and in the dtype of ``like``.
+
+    Triton is imported here and not before.
+    """
+    if impl == AUTO:
+        impl = choose(op, like.device, like.dtype, rows).impl
+    return importlib.import_module(MODULES[impl])
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
+    """Make the automatic choice, and say why."""
+    if device.type != "cuda":
+        return Choice("reference", f"kernels run on NVIDIA GPUs, not on {device.type}")
+    table = winners()
+    if not table:
+        return Choice("reference", "no kernel has been measured on a GPU yet")
+    name = torch.cuda.get_device_name(device)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    source, entries = name, table.get(name)
+    if entries is None:
+        akin = [other for other, entry in table.items() if entry["capability"] == capability]
+        if not akin:
+            return Choice("reference", f"no kernel has been measured on a GPU of capability {capability}")
+        if not passed(name, op, str(dtype)):
+            return Choice("reference", f"`laco check` has not passed for {op} in {dtype} on this {name}")
+        source, entries = akin[0], table[akin[0]]
+    for row in entries["rows"]:
+        if row["op"] == op and row["dtype"] == str(dtype).removeprefix("torch.") and rows <= row["up_to"]:
+            if reason := unavailable(row["impl"], device, dtype):
+                return Choice("reference", reason)
+            return Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
+    return Choice("reference", f"not measured on {source} for {op} in {dtype} with {rows} output tokens")
+
+
+@functools.cache
+def winners() -> dict[str, Any]:
+    """Return the shipped table: by device name its ``capability`` and ``rows`` of op, dtype, up_to and impl."""
+    table: dict[str, Any] = json.loads(TABLE.read_text())
+    return table
+
+
+def verdict_file() -> Path:
+    """Return where this user's verdicts of ``laco check`` are kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "laco_kernels" / "verdicts.json"
+
+
+def _verdict_key(device_name: str, op: str, dtype: str) -> str:
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in ("laco_kernels", "torch", "triton")]
+    return ", ".join([device_name, op, dtype.removeprefix("torch."), *versions])
+
+
+def passed(device_name: str, op: str, dtype: str) -> bool:
+    """Return whether ``laco check`` passed for ``op`` and ``dtype`` here, with these versions of everything."""
+    return _verdicts().get(_verdict_key(device_name, op, dtype)) is True
+
+
+def record(device_name: str, op: str, dtype: str, *, ok: bool) -> None:
+    """Keep a verdict of ``laco check``; a cache folder that cannot be written to keeps none."""
+    file = verdict_file()
+    verdicts = {**_verdicts(), _verdict_key(device_name, op, dtype): ok}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(verdicts, indent=2))
+        part.replace(file)
+    except OSError:
+        return
+    _verdicts.cache_clear()
+
+
+@functools.cache
+def _verdicts() -> dict[str, bool]:
+    try:
+        verdicts = json.loads(verdict_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return verdicts if isinstance(verdicts, dict) else {}

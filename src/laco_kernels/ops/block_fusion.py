@@ -101,9 +101,8 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(*inputs: Any) -> list[torch.Tensor]:
     grad, xs, pre, weight, needs, approximate, prefix_tokens, impl = inputs
-    implementation = select.load(impl).multi_block_linear_gelu_backward
     options = {"approximate": approximate, "prefix_tokens": prefix_tokens}
-    return library.present(implementation(grad.contiguous(), xs, pre, weight, needs, **options), weight)
+    return library.run_backward("multi_block_linear_gelu", impl, grad, (xs, pre, weight), needs, options)
 
 
 def _backward_fake(*inputs: Any) -> list[torch.Tensor]:

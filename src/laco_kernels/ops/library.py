@@ -46,8 +46,22 @@ def run_forward(
     name: str, impl: str, tensors: Sequence[Any], save: bool, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run ``<name>_forward`` of an implementation: the output, and the pre-activation, empty unless it is to be saved."""
-    y, pre = getattr(select.load(impl), f"{name}_forward")(*tensors, save=save, **options)
+    xs = tensors[0]
+    x = xs if isinstance(xs, torch.Tensor) else xs[0]
+    rows = x.shape[0] * (options["windows"].num_windows if "windows" in options else x.shape[1])
+    module = select.load(impl, name, x, rows)
+    y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
     return y, pre if save else y.new_empty(0)
+
+
+def run_backward(
+    name: str, impl: str, grad: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Run ``<name>_backward`` of an implementation on what :func:`run_forward` saved."""
+    pre = saved[1]
+    module = select.load(impl, name, pre, pre.shape[0] * pre.shape[1])
+    # Gradients arrive expanded and sliced.
+    return present(getattr(module, f"{name}_backward")(grad.contiguous(), *saved, needs, **options), pre)
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> None:

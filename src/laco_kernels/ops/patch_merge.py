@@ -149,9 +149,7 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(*inputs: Any) -> list[torch.Tensor]:
     grad, x, pre, weight1, weight2, needs, *settings, impl = inputs
-    implementation = select.load(impl).patch_merge_backward
-    gradients = implementation(grad.contiguous(), x, pre, weight1, weight2, needs, **_options(*settings))
-    return library.present(gradients, x)
+    return library.run_backward("patch_merge", impl, grad, (x, pre, weight1, weight2), needs, _options(*settings))
 
 
 def _backward_fake(*inputs: Any) -> list[torch.Tensor]:

@@ -101,8 +101,7 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(*inputs: Any) -> list[torch.Tensor]:
     grad, x, pre, weight, needs, *settings, impl = inputs
-    implementation = select.load(impl).strided_conv_gelu_backward
-    return library.present(implementation(grad.contiguous(), x, pre, weight, needs, **_options(*settings)), x)
+    return library.run_backward("strided_conv_gelu", impl, grad, (x, pre, weight), needs, _options(*settings))
 
 
 def _backward_fake(*inputs: Any) -> list[torch.Tensor]:

@@ -1,0 +1,208 @@
+"""The numerical promise, measured: for this project's tests, for ``laco check``, and for anybody's own CI.
+
+An implementation may err at most twice as much as eager torch errs in the same precision, plus one rounding step of the
+output's dtype; both against float64, once over all elements (Frobenius norm) and once at the worst element. Eager can be
+lucky, on a handful of numbers above all; so where rounding the inputs once changes the exact result by more than eager errs,
+that change is the yardstick. Tolerances are computed that way for every case, not chosen.
+
+In a test suite of your own::
+
+    import pytest, torch
+    from laco_kernels import testing
+
+    @pytest.mark.parametrize("case", testing.CASES, ids=str)
+    def test_fused_operators(case):
+        for row in testing.check_case(case, "triton", torch.bfloat16, "cuda"):
+            assert row.ok, row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laco_kernels import ops
+from laco_kernels.kernels import select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator on one shape: ``sizes`` make the tensors, ``options`` are the operator's own keyword arguments."""
+
+    op: str
+    sizes: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = {name: "x".join(map(str, v)) if name == "grid" else v for name, v in self.options.items()}
+        return f"{self.op} " + ",".join(f"{name}={value}" for name, value in {**self.sizes, **options}.items())
+
+    def inputs(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Draw the operator's tensors by name, weights scaled as a trained layer's; blocks are ``xs[0]``, ``xs[1]`` ..."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+        s = self.sizes
+        if self.op == "multi_block_linear_gelu":
+            width = s["blocks"] * s["channels"]
+            blocks = {f"xs[{i}]": draw(s["batch"], s["tokens"], s["channels"]) for i in range(s["blocks"])}
+            return {**blocks, "weight": draw(s["out"], width, scale=width**-0.5), "bias": draw(s["out"])}
+        height, width = self.options["grid"]
+        x = draw(s["batch"], self.options.get("prefix_tokens", 0) + height * width, s["channels"])
+        area = self.options.get("ratio", self.options.get("kernel_size", 2)) ** 2 * s["channels"]
+        if self.op == "strided_conv_gelu":
+            return {"x": x, "weight": draw(s["out"], area, scale=area**-0.5), "bias": draw(s["out"])}
+        hidden, out = s["hidden"], s.get("out", s["channels"])
+        first = {"x": x, "weight1": draw(hidden, area, scale=area**-0.5), "bias1": draw(hidden)}
+        return {**first, "weight2": draw(out, hidden, scale=hidden**-0.5), "bias2": draw(out)}
+
+    def __call__(self, inputs: dict[str, torch.Tensor], impl: str | None) -> torch.Tensor:
+        """Run the operator."""
+        tensors = list(inputs.values())
+        if self.op == "multi_block_linear_gelu":
+            return ops.multi_block_linear_gelu(tensors[:-2], *tensors[-2:], **self.options, impl=impl)
+        return getattr(ops, self.op)(*tensors, **self.options, impl=impl)
+
+
+def _merge(batch: int, grid: tuple[int, int], channels: int, hidden: int, **options: Any) -> Case:
+    return Case("patch_merge", {"batch": batch, "channels": channels, "hidden": hidden}, {"grid": grid, **options})
+
+
+def _conv(batch: int, grid: tuple[int, int], channels: int, out: int, **options: Any) -> Case:
+    return Case("strided_conv_gelu", {"batch": batch, "channels": channels, "out": out}, {"grid": grid, **options})
+
+
+def _fusion(batch: int, tokens: int, channels: int, blocks: int, out: int, **options: Any) -> Case:
+    sizes = {"batch": batch, "tokens": tokens, "channels": channels, "blocks": blocks, "out": out}
+    return Case("multi_block_linear_gelu", sizes, options)
+
+
+# Small enough for Triton's interpreter, and odd enough to reach every mask: no size is a multiple of every tile.
+CASES = (
+    _merge(2, (4, 6), 40, 72),
+    _merge(1, (5, 7), 24, 40, pad=True, prefix_tokens=1, approximate="tanh"),
+    _merge(2, (6, 4), 32, 96, layout="block", prefix_tokens=1),
+    _merge(2, (6, 6), 20, 36, ratio=3, residual="channel_group", prefix_tokens=5),
+    _merge(3, (4, 4), 16, 64, residual="none", layout="block", approximate="tanh"),
+    _merge(0, (4, 4), 16, 16),
+    _conv(2, (4, 6), 24, 100),
+    _conv(1, (5, 3), 40, 48, pad=True, prefix_tokens=1, approximate="tanh"),
+    _conv(2, (1, 8), 16, 40, kernel_size=4, pad=True),
+    _conv(2, (3, 3), 72, 24, kernel_size=1, prefix_tokens=2),
+    _fusion(2, 17, 24, 8, 56, prefix_tokens=1),
+    _fusion(1, 33, 40, 3, 40, approximate="tanh"),
+    _fusion(2, 5, 16, 1, 16),
+)
+
+# The encoders of the papers, for a GPU.
+LARGE_CASES = (
+    _merge(4, (24, 24), 1024, 1024),
+    _merge(4, (24, 24), 1024, 4096, layout="block"),
+    _merge(2, (27, 27), 1152, 1152, pad=True),
+    _merge(2, (32, 32), 1024, 1024, prefix_tokens=1),
+    _conv(2, (24, 24), 1024, 4096, prefix_tokens=1),
+    _fusion(2, 577, 1024, 8, 4096, prefix_tokens=1),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one output or gradient is from float64, and how far it may be; relative errors."""
+
+    case: str
+    op: str
+    impl: str
+    dtype: str
+    tensor: str
+    error: float
+    budget: float
+    ok: bool
+
+
+def compare(actual: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, shaken: torch.Tensor) -> tuple[float, float, bool]:
+    """Return error, budget and verdict of ``actual`` by the module's rule; of the two measures the one nearer its budget.
+
+    ``truth`` is the float64 result, ``shaken`` the same from inputs rounded once more. Where ``eager`` is not finite,
+    ``actual`` must be not finite in the same way.
+    """
+    if actual.shape != truth.shape or actual.dtype != eager.dtype:
+        return float("inf"), 0.0, False
+    finite = eager.isfinite()
+    if not torch.equal(actual[~finite].nan_to_num(), eager[~finite].nan_to_num()) or not torch.equal(
+        actual.isnan(), eager.isnan()
+    ):
+        return float("inf"), 0.0, False
+    ours, theirs, exact, near = (t.detach().double()[finite] for t in (actual, eager, truth, shaken))
+    if exact.numel() == 0:
+        return 0.0, 0.0, True
+    step = torch.finfo(actual.dtype).eps
+    results = []
+    for measure in (torch.linalg.vector_norm, lambda t: t.abs().max()):
+        scale = max(float(measure(exact)), torch.finfo(torch.float64).tiny)
+        yardstick = max(float(measure(theirs - exact)), float(measure(near - exact))) / scale
+        results.append((float(measure(ours - exact)) / scale, 2 * yardstick + step))
+    error, budget = max(results, key=lambda result: result[0] / result[1])
+    return error, budget, error <= budget
+
+
+def gradients(case: Case, inputs: dict[str, torch.Tensor], impl: str | None, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the output, as ``"y"``, and the gradients of all inputs, as ``"d<name>"``."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    y = case(leaves, impl)
+    found = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}}
+
+
+def check_case(
+    case: Case, impl: str, dtype: torch.dtype, device: torch.device | str, inputs: dict[str, torch.Tensor] | None = None
+) -> list[Row]:
+    """Check output and gradients of one case.
+
+    Args:
+        case: the operator and its shape.
+        impl: the implementation.
+        dtype: the precision.
+        device: where to run it.
+        inputs: tensors by name in place of drawn ones, e.g. with unusual strides.
+
+    Returns:
+        A row for the output and one for every gradient.
+    """
+    inputs = case.inputs(dtype, device) if inputs is None else inputs
+    with torch.no_grad():
+        y = case(inputs, "reference")
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    truth = gradients(case, exact, "reference", grad.double())
+    rounded = {name: _round_once(tensor, dtype) for name, tensor in exact.items()}
+    shaken = gradients(case, rounded, "reference", _round_once(grad.double(), dtype))
+    eager, actual = (gradients(case, inputs, which, grad) for which in ("reference", impl))
+    precision = str(dtype).removeprefix("torch.")
+    return [
+        Row(str(case), case.op, impl, precision, name, *compare(actual[name], eager[name], truth[name], shaken[name]))
+        for name in truth
+    ]
+
+
+def _round_once(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Move every number by one rounding step of ``dtype``, up or down at random."""
+    signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(2)).to(tensor.device)
+    return tensor * (1 + torch.finfo(dtype).eps * (2 * signs - 1))
+
+
+def check(
+    cases: Iterable[Case], impls: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device | str
+) -> Iterable[Row]:
+    """Check every case in every implementation and precision that can run on ``device``; yields rows as they come."""
+    for case in cases:
+        for impl in impls:
+            for dtype in dtypes:
+                if select.unavailable(impl, torch.device(device), dtype) is None:
+                    yield from check_case(case, impl, dtype, device)

@@ -1,0 +1,158 @@
+"""The Triton kernels, forward and backward, against the reference: interpreted where there is no GPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laco_kernels import testing
+from laco_kernels.testing import Case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = ["triton", "composite"]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+def assert_ok(rows):
+    assert not [row for row in rows if not row.ok]
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_cases(case, impl, dtype):
+    rows = testing.check_case(case, impl, dtype, DEVICE)
+    assert len(rows) == 1 + len(case.inputs(dtype, DEVICE))
+    assert_ok(rows)
+
+
+@st.composite
+def layouts(draw, tensor):
+    """The same values elsewhere in memory: contiguous, transposed, a slice of something larger, expanded over the batch."""
+    kind = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]))
+    if kind == "transposed":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "sliced":
+        batch, tokens, channels = tensor.shape
+        return tensor.new_zeros(batch, tokens + 3, 2 * channels)[:, 2:-1, ::2].copy_(tensor)
+    if kind == "expanded" and len(tensor):
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+def check(data, case, impl):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    inputs = case.inputs(dtype, DEVICE, seed=data.draw(st.integers(0, 999)))
+    for name in inputs:
+        if name.startswith("x"):
+            inputs[name] = data.draw(layouts(inputs[name]))
+    assert_ok(testing.check_case(case, impl, dtype, DEVICE, inputs))
+
+
+BATCHES, WIDTHS, PREFIXES = st.integers(0, 3), st.integers(1, 40), st.integers(0, 5)
+APPROXIMATE = st.sampled_from(["none", "tanh"])
+
+
+def draw_grid(data, ratio, *, pad):
+    side = st.integers(1, 7) if pad else st.integers(1, 3).map(lambda n: n * ratio)
+    return data.draw(side), data.draw(side)
+
+
+@every_impl
+@given(st.data())
+def test_patch_merge_anywhere(impl, data):
+    ratio, layout = data.draw(st.integers(2, 4)), data.draw(st.sampled_from(["raster", "block"]))
+    pad = layout == "raster" and data.draw(st.booleans())
+    residual, prefix = data.draw(st.sampled_from(["mean", "channel_group", "none"])), data.draw(PREFIXES)
+    sizes = {"batch": data.draw(BATCHES), "channels": data.draw(WIDTHS), "hidden": data.draw(WIDTHS)}
+    if residual == "none" and not prefix:
+        sizes["out"] = data.draw(WIDTHS)
+    options = {"ratio": ratio, "layout": layout, "pad": pad, "residual": residual, "prefix_tokens": prefix}
+    grid = draw_grid(data, ratio, pad=pad)
+    check(data, Case("patch_merge", sizes, {"grid": grid, "approximate": data.draw(APPROXIMATE), **options}), impl)
+
+
+@every_impl
+@given(st.data())
+def test_strided_conv_gelu_anywhere(impl, data):
+    ratio, pad = data.draw(st.integers(1, 4)), data.draw(st.booleans())
+    sizes = {"batch": data.draw(BATCHES), "channels": data.draw(WIDTHS), "out": data.draw(WIDTHS)}
+    options = {"kernel_size": ratio, "pad": pad, "prefix_tokens": data.draw(PREFIXES), "approximate": data.draw(APPROXIMATE)}
+    check(data, Case("strided_conv_gelu", sizes, {"grid": draw_grid(data, ratio, pad=pad), **options}), impl)
+
+
+@every_impl
+@given(st.data())
+def test_multi_block_linear_gelu_anywhere(impl, data):
+    prefix = data.draw(PREFIXES)
+    sizes = {
+        "batch": data.draw(BATCHES),
+        "tokens": prefix + data.draw(st.integers(0, 12)),
+        "channels": data.draw(WIDTHS),
+        "blocks": data.draw(st.integers(1, 9)),
+        "out": data.draw(WIDTHS),
+    }
+    check(data, Case("multi_block_linear_gelu", sizes, {"prefix_tokens": prefix, "approximate": data.draw(APPROXIMATE)}), impl)
+
+
+GRADCHECK = [
+    Case("patch_merge", {"batch": 2, "channels": 3, "hidden": 5}, {"grid": (3, 4), "pad": True, "prefix_tokens": 1}),
+    Case("patch_merge", {"batch": 1, "channels": 4, "hidden": 3}, {"grid": (4, 4), "layout": "block", "approximate": "tanh"}),
+    Case("patch_merge", {"batch": 1, "channels": 2, "hidden": 4}, {"grid": (3, 3), "ratio": 3, "residual": "channel_group"}),
+    Case("strided_conv_gelu", {"batch": 2, "channels": 2, "out": 3}, {"grid": (3, 4), "pad": True, "prefix_tokens": 2}),
+    Case("multi_block_linear_gelu", {"batch": 2, "tokens": 3, "channels": 2, "blocks": 3, "out": 4}, {"prefix_tokens": 1}),
+]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels have no float64 on a GPU; the interpreter has, on the CPU")
+@every_impl
+@pytest.mark.parametrize("case", GRADCHECK, ids=str)
+def test_gradcheck_of_the_real_kernels(case, impl):
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.inputs(torch.float64, "cpu").items()}
+
+    def run(*tensors):
+        return case(dict(zip(inputs, tensors, strict=True)), impl)
+
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+
+
+@every_impl
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_nan_and_infinity_appear_where_eager_has_them(impl, approximate):
+    case = Case("strided_conv_gelu", {"batch": 1, "channels": 4, "out": 4}, {"grid": (4, 8), "approximate": approximate})
+    inputs = case.inputs(torch.float32, DEVICE)
+    flat = inputs["x"].view(-1)
+    flat[0], flat[16], flat[40] = float("nan"), float("inf"), -float("inf")
+    with torch.no_grad():
+        actual, eager = case(inputs, impl), case(inputs, "reference")
+    assert eager.isnan().any()
+    assert torch.equal(actual.isnan(), eager.isnan())
+    assert torch.equal(actual.isinf(), eager.isinf())
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_activations_over_their_whole_range(impl, dtype, approximate):
+    """One weight of one: the operator is GELU itself, from deep in its left tail to where it is the identity."""
+    x = torch.linspace(-12, 12, 4001, device=DEVICE).to(dtype).reshape(1, -1, 1)
+    case = Case("multi_block_linear_gelu", {}, {"approximate": approximate})
+    inputs = {"xs[0]": x, "weight": x.new_ones(1, 1), "bias": x.new_zeros(1)}
+    assert_ok(testing.check_case(case, impl, dtype, DEVICE, inputs))
+    with torch.no_grad():
+        actual, truth = case(inputs, impl).double(), case({n: t.double() for n, t in inputs.items()}, "reference")
+    # In the tail relative to the value itself: within a rounding step of the dtype and its smallest numbers.
+    info = torch.finfo(dtype)
+    tail = (x.double() > -5.5) & (x.double() < 0)
+    assert ((actual - truth).abs() <= truth.abs() * max(info.eps, 4e-3) + info.tiny)[tail].all()
+
+
+def test_gelu_gradient_with_unaligned_columns_is_deterministic():
+    case = testing.CASES[1]
+    inputs = case.inputs(torch.float32, DEVICE)
+    grad = torch.ones_like(case(inputs, "reference"))
+    first = testing.gradients(case, inputs, "triton", grad)
+    for _ in range(3):
+        again = testing.gradients(case, inputs, "triton", grad)
+        assert all(torch.equal(first[name], again[name]) for name in first)

@@ -1,0 +1,65 @@
+"""Every kernel in every shipped configuration, compiled ahead of time for three architectures without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from laco_kernels.kernels.gathered_gemm import HEAVY, TILES, tile_for
+
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel-resources.json"
+LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@pytest.fixture(scope="module")
+def resources():
+    # A process of its own: in this one kernels may be interpreted.
+    command = [sys.executable, "-m", "laco_kernels.kernels.resources"]
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_everything_compiles_for_every_architecture(resources):
+    tiles = {(row["tile"], row["arch"]) for row in resources if row["tile"]}
+    assert tiles == {(tile, arch) for tile in TILES for arch in LIMITS}
+    kernels = {(row["kernel"], row["arch"]) for row in resources}
+    names = ("gathered_gemm_kernel", "split_kernel", "gelu_backward_kernel", "join_kernel")
+    assert kernels == {(kernel, arch) for kernel in names for arch in LIMITS}
+
+
+def test_nothing_spills_and_shared_memory_fits(resources):
+    assert not [row for row in resources if row["spilled"]]
+    assert not [row for row in resources if row["shared"] > LIMITS[row["arch"]]]
+    assert not [row for row in resources if row["registers"] > 255]
+
+
+def test_half_precision_runs_on_the_matrix_units(resources):
+    for row in resources:
+        if row["kernel"] == "gathered_gemm_kernel" and row["dtype"] != "fp32":
+            assert row["matrix_instruction"] == MATRIX[row["arch"]], row
+
+
+def test_the_recorded_table_has_the_same_rows():
+    recorded = json.loads(RECORDED.read_text())
+    tiles = {row["tile"] for row in recorded["rows"] if row["tile"]}
+    assert tiles == set(TILES)
+    assert not [row for row in recorded["rows"] if row["spilled"]]
+
+
+def test_heavy_epilogues_get_a_tile_that_holds_them(monkeypatch):
+    import torch
+
+    from laco_kernels.kernels import gathered_gemm
+
+    monkeypatch.setattr(gathered_gemm, "INTERPRETED", False)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 144, 2304, 36864):
+            for columns in (64, 1024, 4096):
+                assert tile_for(rows, columns, dtype, heavy=True) in [TILES[name] for name in HEAVY]
+                assert tile_for(rows, columns, dtype) != TILES["half-heavy"]
