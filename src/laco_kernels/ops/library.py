@@ -7,6 +7,7 @@ see both; it has no derivative and says so.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,14 +62,20 @@ def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> No
         )
 
 
+def know_sharding() -> None:
+    """Register the sharding rules where a ``DTensor`` can exist: where somebody has imported ``torch.distributed.tensor``."""
+    if "torch.distributed.tensor" in sys.modules:
+        from laco_kernels.ops import sharding  # noqa: F401
+
+
 def needs_saving(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Return whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+def present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Stand an empty tensor in for every gradient that was not asked for: operators return no ``None``."""
-    return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
+    return tuple(like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
 def asked_for(gradients: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:
