@@ -114,7 +114,8 @@ def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    xs, weight, bias, *ctx.settings, _ = inputs
+    xs, weight, bias, *ctx.settings, save = inputs
+    library.refuse_unsaved("multi_block_linear_gelu", save)
     ctx.save_for_backward(*xs, output[1], weight)
     ctx.needs = [*[x.requires_grad for x in xs], weight.requires_grad, bias is not None and bias.requires_grad]
 

@@ -52,13 +52,28 @@ def run_forward(
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> None:
-    """Raise where a tensor carries a forward-mode tangent, which an operator without a rule would silently drop."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Raise where a tensor carries a forward-mode tangent, which an operator without a rule would silently drop.
+
+    Tracing does not see tangents, so there any call inside a ``dual_level`` is refused; without ``fullgraph=True`` the
+    refusal breaks the graph, and the call is looked at again as it is.
+    """
+    if forward_ad._current_level < 0:
         return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if torch.compiler.is_compiling() or any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
         raise RuntimeError(
             f"laco_kernels.{name}: got a forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp), expected "
             f"reverse mode. Use laco_kernels.reference, which has forward-mode derivatives."
+        )
+
+
+def refuse_unsaved(name: str, save: bool) -> None:
+    """Raise where ``laco::<name>`` was told not to save and yet is to be differentiated."""
+    if not save:
+        raise RuntimeError(
+            f"laco::{name}: got save=False with inputs that require gradients, expected save=True. Call "
+            f"laco_kernels.{name}, which knows, or run under torch.no_grad()."
         )
 
 

@@ -162,7 +162,8 @@ def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight1, _, weight2, _, *ctx.settings, _ = inputs
+    x, weight1, _, weight2, _, *ctx.settings, save = inputs
+    library.refuse_unsaved("patch_merge", save)
     ctx.save_for_backward(x, output[1], weight1, weight2)
 
 

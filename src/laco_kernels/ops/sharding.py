@@ -36,29 +36,35 @@ def rules(results: int, sums: int, activations: int, weights: int) -> list[tuple
     ]
 
 
-@register_sharding(torch.ops.laco.patch_merge.default)
 def _merge(x: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, *_: Any) -> Any:
     return rules(2, 0, 1, 2 + (bias1 is not None) + (bias2 is not None))
 
 
-@register_sharding(torch.ops.laco.patch_merge_backward.default)
 def _merge_backward(*_: Any) -> Any:
     return rules(1, 4, 3, 2)
 
 
-@register_sharding(torch.ops.laco.strided_conv_gelu.default)
 def _conv(x: Any, weight: Any, bias: Any, *_: Any) -> Any:
     return rules(2, 0, 1, 1 + (bias is not None))
 
 
-@register_sharding(torch.ops.laco.strided_conv_gelu_backward.default)
 def _conv_backward(*_: Any) -> Any:
     return rules(1, 2, 3, 1)
 
 
-@register_sharding(torch.ops.laco.multi_block_linear_gelu.default)
 def _fusion(xs: Any, weight: Any, bias: Any, *_: Any) -> Any:
     return rules(2, 0, len(xs), 1 + (bias is not None))
+
+
+RULES = {
+    "patch_merge": _merge,
+    "patch_merge_backward": _merge_backward,
+    "strided_conv_gelu": _conv,
+    "strided_conv_gelu_backward": _conv_backward,
+    "multi_block_linear_gelu": _fusion,
+}
+for _name, _rule in RULES.items():
+    register_sharding(getattr(torch.ops.laco, _name).default)(_rule)
 
 
 def _register_fusion_backward() -> None:

@@ -113,7 +113,8 @@ def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, *ctx.settings, _ = inputs
+    x, weight, _, *ctx.settings, save = inputs
+    library.refuse_unsaved("strided_conv_gelu", save)
     ctx.save_for_backward(x, output[1], weight)
 
 
