@@ -96,6 +96,7 @@ def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     xs, weight, bias, prefix_tokens, _, _, save = inputs
     _check_shapes(xs, weight, bias, prefix_tokens)
+    checks.check_alike({**{f"xs[{i}]": x for i, x in enumerate(xs)}, "weight": weight, "bias": bias})
     shape = (xs[0].shape[0], xs[0].shape[1] - prefix_tokens, weight.shape[0])
     return weight.new_empty(shape), weight.new_empty(shape if save else (0,))
 

@@ -144,6 +144,7 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(*settings)
     windows = options["windows"]
     _check_shapes(x, weight1, bias1, weight2, bias2, windows, options["residual_kind"], options["layout"])
+    checks.check_alike({"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2})
     y = x.new_empty(x.shape[0], windows.num_output_tokens, weight2.shape[0])
     return y, x.new_empty((x.shape[0], windows.num_windows, weight1.shape[0]) if save else (0,))
 

@@ -96,6 +96,7 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, bias, *settings, _, save = inputs
     windows = _options(*settings)["windows"]
     _check_shapes(x, weight, bias, windows)
+    checks.check_alike({"x": x, "weight": weight, "bias": bias})
     shape = (x.shape[0], windows.num_windows, weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save else (0,))
 
