@@ -444,7 +444,7 @@ def test_the_fake_refuses_what_does_not_fit(case, spoil, error, messages):
 def test_messages_survive_compilation(case, spoil, error, messages, fullgraph):
     tensors = spoil(*make(case, grad=False))
     compiled = torch.compile(case.call, backend="aot_eager", fullgraph=fullgraph, dynamic=False)
-    with pytest.raises(Exception, match=message(case, messages)) as caught:  # noqa: PT011  # with fullgraph it is dynamo's
+    with pytest.raises(Exception, match=message(case, messages)) as caught:  # with fullgraph it is dynamo's
         compiled(*tensors)
     assert fullgraph or type(caught.value) is error
 
