@@ -138,6 +138,22 @@ def test_opcheck(case, frozen):
 
 
 @every_op
+def test_opcheck_without_saving(case):
+    torch.library.opcheck(overload(case), case.raw(*make(case, grad=False), save=False))
+
+
+@every_op
+@pytest.mark.parametrize("frozen", [False, True])
+def test_opcheck_of_the_backward_operator(case, frozen):
+    tensors = make(case, frozen=case.activations if frozen else 0)
+    with Calls() as spy:
+        case.call(*tensors).sum().backward()
+    ((func, args, _),) = spy.of(overload(case, "_backward"))
+    detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+    torch.library.opcheck(func, detached)
+
+
+@every_op
 @pytest.mark.parametrize("biased", [True, False])
 def test_gradcheck_through_the_registered_operator(case, biased):
     tensors = make(case, batch=1)
