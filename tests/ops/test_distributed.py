@@ -208,6 +208,7 @@ def work(rank, folder):
         except Exception:
             failures[check.__name__] = traceback.format_exc()
     (folder / f"{rank}.json").write_text(json.dumps(failures))
+    dist.barrier()  # leave together
     dist.destroy_process_group()
 
 
