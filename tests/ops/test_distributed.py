@@ -1,5 +1,6 @@
 """Two processes: data parallelism, sharded parameters, and tensors that know how they are spread."""
 
+import faulthandler
 import json
 import traceback
 from datetime import timedelta
@@ -197,6 +198,7 @@ CHECKS = [dtensor_compiled, ddp, fsdp, dtensor_network, dtensor_operators, dtens
 
 
 def work(rank, folder):
+    faulthandler.enable()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     store = f"file://{folder}/store"
