@@ -1,9 +1,12 @@
 """The public operators: one validated door each in front of the implementations."""
 
+from laco_kernels.ops import library
 from laco_kernels.ops.block_fusion import multi_block_linear_gelu
 from laco_kernels.ops.patch_merge import patch_merge
 from laco_kernels.ops.strided_conv import strided_conv_gelu
 
 from laco_kernels.ops import cost  # isort: skip  # counts the operators registered above
+
+library.know_sharding()
 
 __all__ = ["cost", "multi_block_linear_gelu", "patch_merge", "strided_conv_gelu"]

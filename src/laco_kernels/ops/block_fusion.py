@@ -55,6 +55,7 @@ def multi_block_linear_gelu(
     _check_shapes(xs, weight, bias, prefix_tokens)
     tensors = {**named, "weight": weight, "bias": bias}
     checks.check_alike(tensors)
+    library.know_sharding()
     library.refuse_forward_mode("multi_block_linear_gelu", tensors.values())
     dtype = checks.autocast_dtype(xs[0])
     impl = select.check(impl, xs[0].device, dtype)
@@ -62,8 +63,8 @@ def multi_block_linear_gelu(
         [x.to(dtype) for x in xs],
         weight.to(dtype),
         checks.cast(bias, dtype),
-        approximate,
         prefix_tokens,
+        approximate,
         impl,
         library.needs_saving(tensors.values()),
     )
@@ -83,43 +84,45 @@ def _check_shapes(xs: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.
     checks.check_linear("", weight, bias, (len(xs), channels), "(block, c)")
 
 
-SETTINGS = "str approximate, int prefix_tokens, str impl"
+SETTINGS = "int prefix_tokens, str approximate, str impl"
 
 
 def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    xs, weight, bias, approximate, prefix_tokens, impl, save = inputs
+    xs, weight, bias, prefix_tokens, approximate, impl, save = inputs
     options = {"approximate": approximate, "prefix_tokens": prefix_tokens}
     return library.run_forward("multi_block_linear_gelu", impl, (xs, weight, bias), save, options)
 
 
 def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    xs, weight, bias, _, prefix_tokens, _, save = inputs
+    xs, weight, bias, prefix_tokens, _, _, save = inputs
     _check_shapes(xs, weight, bias, prefix_tokens)
+    checks.check_alike({**{f"xs[{i}]": x for i, x in enumerate(xs)}, "weight": weight, "bias": bias})
     shape = (xs[0].shape[0], xs[0].shape[1] - prefix_tokens, weight.shape[0])
     return weight.new_empty(shape), weight.new_empty(shape if save else (0,))
 
 
 def _backward(*inputs: Any) -> list[torch.Tensor]:
-    grad, xs, pre, weight, needs, approximate, prefix_tokens, impl = inputs
+    grad, xs, pre, weight, prefix_tokens, approximate, impl, needs = inputs
     options = {"approximate": approximate, "prefix_tokens": prefix_tokens}
-    return library.run_backward("multi_block_linear_gelu", impl, grad, (xs, pre, weight), needs, options)
+    return list(library.run_backward("multi_block_linear_gelu", impl, grad, (xs, pre, weight), needs, options))
 
 
 def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
-    _, xs, _, weight, needs = inputs[:5]
+    _, xs, _, weight, *_, needs = inputs
     shapes = (*[x.shape for x in xs], weight.shape, weight.shape[:1])
     return [weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    xs, weight, bias, *ctx.settings, _ = inputs
+    xs, weight, bias, *ctx.settings, save = inputs
+    library.refuse_unsaved("multi_block_linear_gelu", save)
     ctx.save_for_backward(*xs, output[1], weight)
     ctx.needs = [*[x.requires_grad for x in xs], weight.requires_grad, bias is not None and bias.requires_grad]
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     *xs, pre, weight = ctx.saved_tensors
-    gradients = torch.ops.laco.multi_block_linear_gelu_backward(grad, xs, pre, weight, ctx.needs, *ctx.settings)
+    gradients = torch.ops.laco.multi_block_linear_gelu_backward(grad, xs, pre, weight, *ctx.settings, ctx.needs)
     *dxs, dweight, dbias = library.asked_for(gradients, ctx.needs)
     return dxs, dweight, dbias, *[None] * (len(ctx.settings) + 1)
 
@@ -130,8 +133,8 @@ library.define(
     _forward_fake,
 )
 library.define(
-    "multi_block_linear_gelu_backward(Tensor grad, Tensor[] xs, Tensor pre, Tensor weight, bool[] needs, "
-    f"{SETTINGS}) -> Tensor[]",
+    "multi_block_linear_gelu_backward(Tensor grad, Tensor[] xs, Tensor pre, Tensor weight, "
+    f"{SETTINGS}, bool[] needs) -> Tensor[]",
     _backward,
     _backward_fake,
 )

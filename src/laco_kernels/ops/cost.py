@@ -79,8 +79,8 @@ def _merge(x: Any, weight1: Any, bias1: Any, weight2: Any, *rest: Any, out_shape
     return product_flops(x[0] * (out_shape[0][1] - prefix), weight1, weight2)
 
 
-def _merge_backward(grad: Any, x: Any, pre: Any, weight1: Any, weight2: Any, needs: Sequence[bool], *_: Any, **__: Any) -> int:
-    rows = pre[0] * pre[1]
+def _merge_backward(grad: Any, x: Any, pre: Any, weight1: Any, weight2: Any, *settings: Any, **_: Any) -> int:
+    rows, needs = pre[0] * pre[1], settings[-1]
     hidden_gradient = any(needs[:3])
     return product_flops(rows, weight2) * (hidden_gradient + needs[3]) + product_flops(rows, weight1) * (needs[0] + needs[1])
 
@@ -89,12 +89,13 @@ def _linear(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return product_flops(out_shape[0][0] * out_shape[0][1], weight)
 
 
-def _conv_backward(grad: Any, x: Any, pre: Any, weight: Any, needs: Sequence[bool], *_: Any, **__: Any) -> int:
+def _conv_backward(grad: Any, x: Any, pre: Any, weight: Any, *settings: Any, **_: Any) -> int:
+    needs = settings[-1]
     return product_flops(pre[0] * pre[1], weight) * (needs[0] + needs[1])
 
 
-def _fusion_backward(grad: Any, xs: Any, pre: Any, weight: Any, needs: Sequence[bool], *_: Any, **__: Any) -> int:
-    whole, blocks = product_flops(pre[0] * pre[1], weight), len(needs) - 2
+def _fusion_backward(grad: Any, xs: Any, pre: Any, weight: Any, *settings: Any, **_: Any) -> int:
+    needs, whole, blocks = settings[-1], product_flops(pre[0] * pre[1], weight), len(xs)
     return whole * sum(needs[:blocks]) // blocks + whole * needs[-2]
 
 

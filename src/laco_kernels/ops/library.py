@@ -7,6 +7,7 @@ see both; it has no derivative and says so.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,7 @@ def run_forward(
 
 def run_backward(
     name: str, impl: str, grad: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], options: dict[str, Any]
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Run ``<name>_backward`` of an implementation on what :func:`run_forward` saved."""
     pre = saved[1]
     module = select.load(impl, name, pre, pre.shape[0] * pre.shape[1])
@@ -65,14 +66,35 @@ def run_backward(
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> None:
-    """Raise where a tensor carries a forward-mode tangent, which an operator without a rule would silently drop."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    """Raise where a tensor carries a forward-mode tangent, which an operator without a rule would silently drop.
+
+    Tracing does not see tangents, so there any call inside a ``dual_level`` is refused; without ``fullgraph=True`` the
+    refusal breaks the graph, and the call is looked at again as it is.
+    """
+    if forward_ad._current_level < 0:
         return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if torch.compiler.is_compiling() or any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
         raise RuntimeError(
             f"laco_kernels.{name}: got a forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp), expected "
             f"reverse mode. Use laco_kernels.reference, which has forward-mode derivatives."
         )
+
+
+def refuse_unsaved(name: str, save: bool) -> None:
+    """Raise where ``laco::<name>`` was told not to save and yet is to be differentiated."""
+    if not save:
+        raise RuntimeError(
+            f"laco::{name}: got save=False with inputs that require gradients, expected save=True. Call "
+            f"laco_kernels.{name}, which knows, or run under torch.no_grad()."
+        )
+
+
+def know_sharding() -> None:
+    """Register the sharding rules where a ``DTensor`` can exist: where somebody has imported ``torch.distributed.tensor``."""
+    if "torch.distributed.tensor" in sys.modules:
+        from laco_kernels.ops import sharding  # noqa: F401
 
 
 def needs_saving(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -80,9 +102,9 @@ def needs_saving(tensors: Iterable[torch.Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+def present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Stand an empty tensor in for every gradient that was not asked for: operators return no ``None``."""
-    return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
+    return tuple(like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
 
 
 def asked_for(gradients: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:

@@ -72,6 +72,7 @@ def patch_merge(
     tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     _check_shapes(x, weight1, bias1, weight2, bias2, windows, residual, layout)
     checks.check_alike(tensors)
+    library.know_sharding()
     library.refuse_forward_mode("patch_merge", tensors.values())
     dtype = checks.autocast_dtype(x)
     impl = select.check(impl, x.device, dtype)
@@ -81,8 +82,8 @@ def patch_merge(
         checks.cast(bias1, dtype),
         weight2.to(dtype),
         checks.cast(bias2, dtype),
-        list(windows.grid),
         windows.ratio,
+        list(windows.grid),
         residual,
         approximate,
         windows.prefix_tokens,
@@ -121,11 +122,11 @@ def _check_shapes(
 
 
 TENSORS = "Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
-SETTINGS = "int[] grid, int ratio, str residual, str approximate, int prefix_tokens, bool pad, str layout, str impl"
+SETTINGS = "int ratio, int[] grid, str residual, str approximate, int prefix_tokens, bool pad, str layout, str impl"
 
 
 def _options(
-    grid: Sequence[int], ratio: int, residual: str, approximate: str, prefix_tokens: int, pad: bool, layout: str
+    ratio: int, grid: Sequence[int], residual: str, approximate: str, prefix_tokens: int, pad: bool, layout: str
 ) -> dict[str, Any]:
     """What implementations take, from the operator's settings."""
     windows = Windows((grid[0], grid[1]), ratio, prefix_tokens, pad)
@@ -133,8 +134,8 @@ def _options(
 
 
 def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *tensors, grid, ratio, residual, approximate, prefix_tokens, pad, layout, impl, save = inputs
-    options = _options(grid, ratio, residual, approximate, prefix_tokens, pad, layout)
+    *tensors, ratio, grid, residual, approximate, prefix_tokens, pad, layout, impl, save = inputs
+    options = _options(ratio, grid, residual, approximate, prefix_tokens, pad, layout)
     return library.run_forward("patch_merge", impl, tensors, save, options)
 
 
@@ -143,36 +144,38 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     options = _options(*settings)
     windows = options["windows"]
     _check_shapes(x, weight1, bias1, weight2, bias2, windows, options["residual_kind"], options["layout"])
+    checks.check_alike({"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2})
     y = x.new_empty(x.shape[0], windows.num_output_tokens, weight2.shape[0])
     return y, x.new_empty((x.shape[0], windows.num_windows, weight1.shape[0]) if save else (0,))
 
 
-def _backward(*inputs: Any) -> list[torch.Tensor]:
-    grad, x, pre, weight1, weight2, needs, *settings, impl = inputs
+def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    grad, x, pre, weight1, weight2, *settings, impl, needs = inputs
     return library.run_backward("patch_merge", impl, grad, (x, pre, weight1, weight2), needs, _options(*settings))
 
 
-def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
-    _, x, _, weight1, weight2, needs = inputs[:6]
+def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    _, x, _, weight1, weight2, *_, needs = inputs
     shapes = (x.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
-    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight1, _, weight2, _, *ctx.settings, _ = inputs
+    x, weight1, _, weight2, _, *ctx.settings, save = inputs
+    library.refuse_unsaved("patch_merge", save)
     ctx.save_for_backward(x, output[1], weight1, weight2)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    gradients = torch.ops.laco.patch_merge_backward(grad, *ctx.saved_tensors, needs, *ctx.settings)
+    gradients = torch.ops.laco.patch_merge_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
     return *library.asked_for(gradients, needs), *[None] * (len(ctx.settings) + 1)
 
 
 library.define(f"patch_merge({TENSORS}, {SETTINGS}, bool save) -> (Tensor, Tensor)", _forward, _forward_fake)
 library.define(
-    f"patch_merge_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight1, Tensor weight2, bool[] needs, {SETTINGS})"
-    " -> Tensor[]",
+    f"patch_merge_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight1, Tensor weight2, {SETTINGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -55,6 +55,7 @@ def strided_conv_gelu(
     tensors = {"x": x, "weight": weight, "bias": bias}
     _check_shapes(x, weight, bias, windows)
     checks.check_alike(tensors)
+    library.know_sharding()
     library.refuse_forward_mode("strided_conv_gelu", tensors.values())
     dtype = checks.autocast_dtype(x)
     impl = select.check(impl, x.device, dtype)
@@ -62,8 +63,8 @@ def strided_conv_gelu(
         x.to(dtype),
         weight.to(dtype),
         checks.cast(bias, dtype),
-        list(windows.grid),
         windows.ratio,
+        list(windows.grid),
         approximate,
         windows.prefix_tokens,
         pad,
@@ -78,10 +79,10 @@ def _check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     checks.check_linear("", weight, bias, (windows.ratio, windows.ratio, x.shape[2]), "(dy, dx, c)")
 
 
-SETTINGS = "int[] grid, int kernel_size, str approximate, int prefix_tokens, bool pad, str impl"
+SETTINGS = "int kernel_size, int[] grid, str approximate, int prefix_tokens, bool pad, str impl"
 
 
-def _options(grid: Sequence[int], kernel_size: int, approximate: str, prefix_tokens: int, pad: bool) -> dict[str, Any]:
+def _options(kernel_size: int, grid: Sequence[int], approximate: str, prefix_tokens: int, pad: bool) -> dict[str, Any]:
     """What implementations take, from the operator's settings."""
     return {"windows": Windows((grid[0], grid[1]), kernel_size, prefix_tokens, pad), "approximate": approximate}
 
@@ -95,29 +96,31 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, bias, *settings, _, save = inputs
     windows = _options(*settings)["windows"]
     _check_shapes(x, weight, bias, windows)
+    checks.check_alike({"x": x, "weight": weight, "bias": bias})
     shape = (x.shape[0], windows.num_windows, weight.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save else (0,))
 
 
-def _backward(*inputs: Any) -> list[torch.Tensor]:
-    grad, x, pre, weight, needs, *settings, impl = inputs
+def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    grad, x, pre, weight, *settings, impl, needs = inputs
     return library.run_backward("strided_conv_gelu", impl, grad, (x, pre, weight), needs, _options(*settings))
 
 
-def _backward_fake(*inputs: Any) -> list[torch.Tensor]:
-    _, x, _, weight, needs = inputs[:5]
+def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    _, x, _, weight, *_, needs = inputs
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, _, *ctx.settings, _ = inputs
+    x, weight, _, *ctx.settings, save = inputs
+    library.refuse_unsaved("strided_conv_gelu", save)
     ctx.save_for_backward(x, output[1], weight)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.laco.strided_conv_gelu_backward(grad, *ctx.saved_tensors, needs, *ctx.settings)
+    gradients = torch.ops.laco.strided_conv_gelu_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
     return *library.asked_for(gradients, needs), *[None] * (len(ctx.settings) + 1)
 
 
@@ -127,7 +130,8 @@ library.define(
     _forward_fake,
 )
 library.define(
-    f"strided_conv_gelu_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight, bool[] needs, {SETTINGS}) -> Tensor[]",
+    f"strided_conv_gelu_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight, {SETTINGS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

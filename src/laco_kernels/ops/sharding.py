@@ -1,0 +1,86 @@
+"""How the operators run on ``DTensor``: every mesh dimension is either replicated or splits the batch.
+
+Importing this module registers the rules. The public functions import it as soon as ``torch.distributed.tensor`` has been
+imported by anyone (:func:`laco_kernels.ops.library.know_sharding`), so that importing the package does not cost that import;
+code that calls ``torch.ops.laco`` on a ``DTensor`` itself imports this module first.
+
+DTensor caches what it infers from an operator's fake, and of the arguments that are no tensors it looks at those from the
+first ``int`` on. So in every schema an ``int`` comes first after the tensors, and ``needs`` and ``save`` last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
+
+
+def rules(results: int, sums: int, activations: int, weights: int) -> list[tuple[list[Placement], list[Placement]]]:
+    """Return the acceptable placements of outputs and of tensor inputs: all replicated, or batch-sharded.
+
+    Outputs are ``results`` with a batch, then ``sums`` over the batch (gradients of weights and biases); inputs are
+    ``activations`` with a batch, then ``weights``.
+    """
+    replicated: list[Placement] = [Replicate()]
+    batch: list[Placement] = [Shard(0)]
+    summed: list[Placement] = [Partial("sum")]
+    return [
+        (replicated * (results + sums), replicated * (activations + weights)),
+        (batch * results + summed * sums, batch * activations + replicated * weights),
+    ]
+
+
+def _merge(x: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, *_: Any) -> Any:
+    return rules(2, 0, 1, 2 + (bias1 is not None) + (bias2 is not None))
+
+
+def _merge_backward(*_: Any) -> Any:
+    return rules(1, 4, 3, 2)
+
+
+def _conv(x: Any, weight: Any, bias: Any, *_: Any) -> Any:
+    return rules(2, 0, 1, 1 + (bias is not None))
+
+
+def _conv_backward(*_: Any) -> Any:
+    return rules(1, 2, 3, 1)
+
+
+def _fusion(xs: Any, weight: Any, bias: Any, *_: Any) -> Any:
+    return rules(2, 0, len(xs), 1 + (bias is not None))
+
+
+RULES = {
+    "patch_merge": _merge,
+    "patch_merge_backward": _merge_backward,
+    "strided_conv_gelu": _conv,
+    "strided_conv_gelu_backward": _conv_backward,
+    "multi_block_linear_gelu": _fusion,
+}
+for _name, _rule in RULES.items():
+    register_sharding(getattr(torch.ops.laco, _name).default)(_rule)
+
+
+def _register_fusion_backward() -> None:
+    """Register what ``register_sharding`` cannot: it counts the outputs in a schema and takes ``Tensor[]`` for one."""
+    from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
+
+    def strategy(schema: OpSchema) -> OpStrategy:
+        blocks = len(schema.args_strategy) - 3
+        placements: Any = [outputs + inputs for outputs, inputs in rules(blocks, 2, blocks + 2, 1)]
+        return expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, placements, input_index=blocks + 2)
+
+    operator = torch.ops.laco.multi_block_linear_gelu_backward.default
+    info = RuntimeSchemaInfo(static_argnum=4, needs_pytree=True)
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(operator, strategy, info)
+
+
+with contextlib.suppress(ImportError, AttributeError):  # torch's own; without them DTensor refuses this one operator
+    _register_fusion_backward()
