@@ -101,7 +101,6 @@ REFUSALS = [
         ValueError,
         "impl: got 'cutlass', expected None or one of 'reference', 'composite', 'triton', 'cuda'",
     ),
-    ({"impl": "triton"}, RuntimeError, "impl: got 'triton'"),
     ({"impl": "cuda"}, RuntimeError, "impl: got 'cuda'"),
 ]
 

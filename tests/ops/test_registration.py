@@ -273,15 +273,15 @@ def test_a_dual_level_without_tangents_changes_nothing():
 @every_op
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_encoder_skips_the_gradient_of_its_tokens(case, frozen, monkeypatch):
-    inside, load = Calls(), select.load
+    inside = Calls()
 
     def spying(*args, **kwargs):
         with inside:
-            return getattr(load("reference"), f"{case.name}_backward")(*args, **kwargs)
+            return getattr(reference, f"{case.name}_backward")(*args, **kwargs)
 
     tensors = make(case, frozen=case.activations if frozen else 0)
     y = case.call(*tensors)
-    monkeypatch.setattr(select, "load", lambda _: SimpleNamespace(**{f"{case.name}_backward": spying}))
+    monkeypatch.setattr(select, "load", lambda *_: SimpleNamespace(**{f"{case.name}_backward": spying}))
     with Calls() as outside:
         y.sum().backward()
     ((_, args, results),) = outside.of(overload(case, "_backward"))
@@ -376,14 +376,14 @@ def test_strides_of_the_gradient_do_not_matter(case, layout, monkeypatch):
     grad = LAYOUTS[layout](torch.randn_like(case.call(*tensors)))
     assert not grad.is_contiguous()
     dense = gradients(case.call, tensors, grad.clone(memory_format=torch.contiguous_format))
-    name, load, seen = f"{case.name}_backward", select.load, []
+    name, seen = f"{case.name}_backward", []
 
     def spying(grad, *args, **kwargs):
         seen.append(grad.is_contiguous())
-        return getattr(load("reference"), name)(grad, *args, **kwargs)
+        return getattr(reference, name)(grad, *args, **kwargs)
 
     y = case.call(*tensors)
-    monkeypatch.setattr(select, "load", lambda _: SimpleNamespace(**{name: spying}))
+    monkeypatch.setattr(select, "load", lambda *_: SimpleNamespace(**{name: spying}))
     y.backward(grad)
     assert seen == [True], "implementations count on contiguous gradients"
     for t, d in zip(tensors, dense, strict=True):

@@ -1,0 +1,119 @@
+"""The choice of an implementation: explicit, by environment, by table, by verdict."""
+
+import pytest
+import torch
+
+import laco_kernels as lk
+from laco_kernels.kernels import select
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+ROWS = [
+    {"op": "patch_merge", "dtype": "bfloat16", "up_to": 1000, "impl": "composite"},
+    {"op": "patch_merge", "dtype": "bfloat16", "up_to": 10_000, "impl": "triton"},
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with a GPU that the table may or may not know, and an empty cache."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    select._verdicts.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+
+    def install(name, table):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: name)
+        monkeypatch.setattr(select, "winners", lambda: table)
+
+    yield install
+    select._verdicts.cache_clear()
+
+
+def choose(rows=2000, dtype=torch.bfloat16):
+    return select.choose("patch_merge", CUDA, dtype, rows)
+
+
+def test_what_was_never_measured_is_never_chosen(gpu):
+    gpu("H", {})
+    assert choose() == ("reference", "no kernel has been measured on a GPU yet")
+    gpu("H", {"A": {"capability": "8.0", "rows": ROWS}})
+    assert choose() == ("reference", "no kernel has been measured on a GPU of capability 9.0")
+
+
+def test_the_table_decides_by_size(gpu):
+    gpu("H", {"H": {"capability": "9.0", "rows": ROWS}})
+    assert choose(rows=1000).impl == "composite"
+    assert choose(rows=1001) == ("triton", "measured fastest on H up to 10000 output tokens")
+    assert choose(rows=10_001).impl == "reference"
+    assert choose(dtype=torch.float32).impl == "reference"
+
+
+def test_a_relative_of_a_measured_gpu_needs_a_verdict_of_its_own(gpu):
+    gpu("H lite", {"H": {"capability": "9.0", "rows": ROWS}})
+    assert choose() == ("reference", "`laco check` has not passed for patch_merge in torch.bfloat16 on this H lite")
+    select.record("H lite", "patch_merge", "torch.bfloat16", ok=True)
+    assert choose() == ("triton", "measured fastest on H up to 10000 output tokens")
+    select.record("H lite", "patch_merge", "torch.bfloat16", ok=False)
+    assert choose().impl == "reference"
+
+
+def test_verdicts_of_several_checks_are_kept_and_a_damaged_file_is_none(gpu):
+    gpu("H", {})
+    select.record("H", "patch_merge", "torch.float16", ok=True)
+    select.record("H", "patch_merge", "torch.float32", ok=False)
+    assert select.passed("H", "patch_merge", "torch.float16")
+    assert not select.passed("H", "patch_merge", "torch.float32")
+    assert not select.passed("other", "patch_merge", "torch.float16")
+    select.verdict_file().write_text("{")
+    select._verdicts.cache_clear()
+    assert not select.passed("H", "patch_merge", "torch.float16")
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(gpu, monkeypatch):
+    gpu("H", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    select.record("H", "patch_merge", "torch.float16", ok=True)
+    assert not select.passed("H", "patch_merge", "torch.float16")
+
+
+def test_on_a_cpu_the_reference_is_chosen():
+    assert select.choose("patch_merge", CPU, torch.float32, 100) == ("reference", "kernels run on NVIDIA GPUs, not on cpu")
+
+
+def test_the_shipped_table_is_readable_and_names_what_exists():
+    for entry in select.winners().values():
+        assert all(row["op"] in select.OPERATORS and row["impl"] in select.IMPLEMENTATIONS for row in entry["rows"])
+
+
+def merge(**options):
+    x, weight = torch.randn(1, 4, 16), torch.randn(16, 64)
+    return lk.patch_merge(x, weight, None, torch.randn(16, 16), None, grid=(2, 2), **options)
+
+
+def test_the_environment_chooses_where_the_call_does_not(monkeypatch):
+    monkeypatch.setenv("LACO_IMPL", "magic")
+    with pytest.raises(ValueError, match="LACO_IMPL: got 'magic', expected None or one of 'reference', 'composite'"):
+        merge()
+    assert merge(impl="reference").shape == (1, 1, 16)
+    monkeypatch.setenv("LACO_IMPL", "cuda")
+    with pytest.raises(RuntimeError, match="LACO_IMPL: got 'cuda', expected an implementation that can run, but this version"):
+        merge()
+
+
+@pytest.mark.parametrize("impl", ["triton", "composite"])
+def test_a_kernel_on_the_cpu_without_the_interpreter_is_refused(monkeypatch, impl):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=rf"impl: got '{impl}'.*need an NVIDIA GPU \(or TRITON_INTERPRET=1"):
+        merge(impl=impl)
+
+
+def test_why_an_implementation_is_unavailable(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select.unavailable("triton", CPU, torch.float64) is None
+    assert "cannot compute in bfloat16" in select.unavailable("triton", CPU, torch.bfloat16)
+    assert "on the CPU only" in select.unavailable("triton", CUDA, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert select.unavailable("triton", CUDA, torch.bfloat16) is None
+    assert "no float64 on a GPU" in select.unavailable("triton", CUDA, torch.float64)
+    monkeypatch.setattr(select.importlib.util, "find_spec", lambda _: None)
+    assert "Triton is not installed" in select.unavailable("triton", CUDA, torch.float32)
