@@ -37,7 +37,8 @@ def patch_merge_forward(
     shape = (batch, rows, weight1.shape[1])
     merged = x.view(shape) if is_view else x.new_empty(shape)
     y = x.new_empty(batch, prefix + rows, out)
-    y[:, :prefix] = x[:, :prefix]
+    if prefix:
+        y[:, :prefix] = x[:, :prefix]
     has_residual = residual_kind != "none"
     if has_residual or not is_view:
         pointwise.split(
@@ -86,7 +87,8 @@ def patch_merge_backward(
             dweight1 = outer(dpre, gathered(x, windows, layout))
         if needs[0]:
             dx = x.new_empty(x.shape)
-            dx[:, :prefix] = grad[:, :prefix]
+            if prefix:
+                dx[:, :prefix] = grad[:, :prefix]
             pointwise.join(dpre @ weight1, grad, windows, GATHER[layout], RESIDUAL[residual_kind], dx)
     if needs[4]:
         dbias2 = column_sum(g)

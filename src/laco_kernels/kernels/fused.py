@@ -49,7 +49,8 @@ def patch_merge_forward(
         save_pre=pre if save else None,
     )
     y = x.new_empty(batch, prefix + rows, out)
-    y[:, :prefix] = x[:, :prefix]
+    if prefix:
+        y[:, :prefix] = x[:, :prefix]
     gathered_gemm(
         [act],
         weight2,
@@ -109,7 +110,8 @@ def patch_merge_backward(
             dweight1 = outer(dpre, gathered(x, windows, layout))
         if needs[0]:
             dx = x.new_empty(x.shape)
-            dx[:, :prefix] = grad[:, :prefix]
+            if prefix:
+                dx[:, :prefix] = grad[:, :prefix]
             gathered_gemm(
                 [dpre],
                 weight1.t(),
