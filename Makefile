@@ -4,13 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean fuzz gpu-test
 
 demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper, on a real photo
 	$(BIN)/laco bench vec --out demo
 
 test: $(READY)
 	$(BIN)/pytest
+
+fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU
+	$(BIN)/pytest tests/kernels -k anywhere --hypothesis-profile=fuzz
+
+gpu-test: $(READY)  ## what only a GPU can show, and the kernels' tests compiled
+	$(BIN)/pytest tests/gpu tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,13 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-settings.register_profile("default", deadline=None, max_examples=100)
-settings.register_profile("fuzz", deadline=None, max_examples=1700)  # six kernel tests: 10,000 cases
+SLOW = [HealthCheck.too_slow]  # on a busy machine
+settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=SLOW)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=1700, suppress_health_check=SLOW
+)  # six kernel tests: 10,000 cases
 settings.load_profile("default")
 
 

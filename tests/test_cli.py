@@ -218,3 +218,43 @@ def test_as_a_process_without_a_terminal(encoder):
     assert "@1/12" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stderr == ""
+
+
+def test_check_of_the_kernels():
+    done = laco("check", "--op", "strided_conv_gelu", "--impl", "composite", "--dtype", "float32", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "0 failed" in done.output
+    rows = json.loads(
+        laco("check", "--op", "multi_block_linear_gelu", "--dtype", "float16", "--device", "cpu", "--json").stdout
+    )
+    assert {row["impl"] for row in rows} == {"composite", "triton"}
+    assert all(row["ok"] and row["dtype"] == "float16" for row in rows)
+
+
+def test_check_fails_on_a_wrong_kernel(monkeypatch):
+    from laco_kernels.kernels import composite
+
+    right = composite.strided_conv_gelu_forward
+
+    def wrong(*args, **kwargs):
+        y, pre = right(*args, **kwargs)
+        return y * 1.001, pre
+
+    monkeypatch.setattr(composite, "strided_conv_gelu_forward", wrong)
+    done = laco("check", "--op", "strided_conv_gelu", "--impl", "composite", "--dtype", "float32", "--device", "cpu")
+    assert done.exit_code == 1
+    assert "FAIL composite" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "matmul"], "op: got 'matmul', expected one of patch_merge"),
+        (["--impl", "magic"], "impl: got 'magic', expected one of reference"),
+        (["--impl", "cuda"], "impl: got 'cuda', expected one that can run, but this version"),
+    ],
+)
+def test_check_refuses(arguments, message):
+    done = laco("check", "--device", "cpu", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -194,7 +194,9 @@ def vec(
                 seconds=seconds,
                 on_step=step,
             )
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError on a GPU, a RuntimeError on a CPU
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
         _complain(complaint("batch", batch, f"a batch that fits into the memory of {place}", "Pass a smaller --batch"))
         raise typer.Exit(2) from None
     if not as_json:

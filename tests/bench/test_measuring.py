@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
 import laco_kernels as lk
-from laco_kernels.bench import cases, environment, timing
+from laco_kernels.bench import cases, environment, system, timing
 from laco_kernels.bench.memory import LiveTensors, peak_bytes
 from laco_kernels.bench.system import measure_vec, overhead
 
@@ -131,3 +131,42 @@ def test_more_depths_than_the_compiler_keeps_by_itself():
         encoder, "x", depths, [pixels(dtype=torch.float32)], weights="random", images=2, compiled=True, rounds=1
     )
     assert [row.layer for row in result.rows] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_row_is_made_of(monkeypatch, compiled):
+    """Known times instead of measured ones; everything else against counts by hand."""
+    encoder, images = stock("siglip", side=6, dtype=torch.float32, vision_use_head=False), pixels(6, 3, torch.float32)
+    compilations = []
+    times = {"1/4": [1.0, 3.0, 2.0], "1": [4.0, 9.0, 8.0]}
+
+    def interleave(variants, device, **_):
+        for call in variants.values():
+            call(0)
+            call(1)
+        return times
+
+    def compile_(model):
+        compilations.append(model)
+        return model
+
+    monkeypatch.setattr(system, "interleave", interleave)
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setitem(cases.PAPER_MS, "toy", {Fraction(1, 4): 5.0, Fraction(1): 10.0})
+    batches = [images, images + 1]
+    result = measure_vec(encoder, "toy", [Fraction(1, 4), Fraction(1)], batches, weights="w", images=6, compiled=compiled)
+    quarter, whole = result.rows
+    assert len(compilations) == 2 * compiled
+    assert (quarter.ratio.median, quarter.vec_ms.median, whole.ratio.median) == (4.0, 2.0, 1.0)
+    assert (quarter.paper_ratio, whole.paper_ratio) == (2.0, 1.0)
+    assert (result.batch, result.tokens_in, quarter.tokens, quarter.layer) == (3, 36, 9, 1)
+
+    def block(n):
+        return 2 * n * (4 * 32**2 + 2 * 32 * 64) + 4 * n**2 * 32
+
+    embedding, merge = 2 * 36 * 3 * 14**2 * 32, 2 * 9 * (4 * 32**2 + 32**2)
+    assert quarter.gflops == pytest.approx(3 * (embedding + block(36) + merge + 3 * block(9)) / 1e9)
+    assert whole.gflops == pytest.approx(3 * (embedding + 4 * block(36) + merge) / 1e9)
+    # At least the activations of the feed-forward network and the residual stream of a whole batch.
+    assert quarter.peak_mib * 2**20 >= 3 * 36 * (64 + 32) * 4
+    assert quarter.error <= quarter.error_budget < 1e-5

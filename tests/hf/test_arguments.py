@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection, ViTConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, ViTConfig
 
 import laco_kernels as lk
 from laco_kernels.hf.compress import layer_at
@@ -125,3 +125,22 @@ def test_a_config_is_looked_at_before_a_model_is_built(change, message):
     config = lk.hf.LacoCLIPVisionConfig(**SIZES, image_size=56, compression=COMPRESSION | change)
     with pytest.raises(ValueError, match=message):
         lk.hf.LacoCLIPVisionModel(config)
+
+
+def test_a_subclass_may_do_something_else_and_is_refused():
+    class Mine(CLIPVisionModel):
+        pass
+
+    with pytest.raises(TypeError, match="encoder: got a Mine, expected one of"):
+        lk.hf.compress(Mine(stock("clip").config))
+
+
+def test_a_config_decides_the_dtype_and_modules_keep_their_mode():
+    config = stock("clip").config
+    config.dtype = torch.bfloat16
+    assert lk.hf.compress(config).dtype == torch.bfloat16
+    encoder = stock("clip").train()
+    encoder.embeddings.eval()
+    model = lk.hf.compress(encoder)
+    assert model.training
+    assert not model.embeddings.training

@@ -153,7 +153,7 @@ def test_a_recomputation_uses_the_image_size_of_its_own_forward(family):
     options = {"interpolate_pos_encoding": True} if family in ("siglip", "clip") else {}
     changes = {"is_native": True} if family == "aimv2" else {}
     model = compressed(stock(family, **changes), layer=2).train()
-    wide, tall = torch.randn(1, 3, 28, 112, dtype=torch.float64), torch.randn(1, 3, 112, 28, dtype=torch.float64)
+    wide, tall = torch.randn(1, 3, 42, 126, dtype=torch.float64), torch.randn(1, 3, 126, 42, dtype=torch.float64)
     gradients = []
     for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
         switch()
@@ -251,11 +251,27 @@ def test_offloading_brings_the_merges_weights(family):
 def test_chosen_hidden_states(family):
     encoder, images = stock(family), pixels()
     model = compressed(encoder, layer=2)
-    everything = model(images, output_hidden_states=True).hidden_states
     chosen = model(images, output_hidden_states=[0, 1, 3]).hidden_states
-    for i in (0, 1, 3):  # a list counts layers, without the embeddings
-        torch.testing.assert_close(chosen[i], everything[i + 1], **EXACT)
-    assert chosen[2] is None
+    raster = compressed(encoder, layer=2, layout="raster")(images, output_hidden_states=[0, 1, 3]).hidden_states
+    # Which layers a list means differs between versions of transformers; the raster layout needs no restoring.
+    assert len(chosen) == len(raster)
+    assert [state is None for state in chosen] == [state is None for state in raster]
+    for one, other in zip(chosen, raster, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize("part", ["encoder", "layer"])
+def test_a_part_alone_can_be_compiled(family, part):
+    options = {"interpolate_pos_encoding": True} if family in ("siglip", "clip") else {}
+    model = compressed(stock(family, side=6, **({"is_native": True} if family == "aimv2" else {})), layer=2)
+    images = [torch.randn(1, 3, height, width, dtype=torch.float64) for height, width in ((42, 168), (168, 42), (84, 84))]
+    with torch.no_grad():
+        expected = [model(image, **options).last_hidden_state for image in images]
+        torch._dynamo.reset()
+        (model.encoder if part == "encoder" else model.merging_layer).compile(backend="eager")
+        for image, output in zip(images, expected, strict=True):
+            torch.testing.assert_close(model(image, **options).last_hidden_state, output, **EXACT)
 
 
 def test_threads_with_images_of_different_sizes(family):

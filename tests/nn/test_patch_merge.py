@@ -88,3 +88,20 @@ def test_it_compiles_without_a_graph_break(backend, dynamic):
     for grid in [(4, 6), (5, 3)]:
         x = torch.randn(2, grid[0] * grid[1], 8)
         torch.testing.assert_close(compiled(x, grid), layer(x, grid))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize(
+    "hook",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"],
+)
+def test_hooks_on_the_linear_maps_run_and_change_nothing(hook, approximate):
+    layer = lk.nn.PatchMergeLayer(8, zero_init_last=False, approximate=approximate, dtype=torch.float64)
+    x = torch.randn(2, 24, 8, dtype=torch.float64, requires_grad=True)
+    expected, calls = layer(x, GRID), []
+    for linear in (layer.linear1, layer.linear2):
+        getattr(linear, hook)(lambda *_: calls.append(1))
+    y = layer(x, GRID)
+    y.sum().backward()
+    assert len(calls) == 2
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)

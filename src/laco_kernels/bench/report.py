@@ -27,10 +27,9 @@ def headline(result: VecResult) -> str:
     """One line that says what was measured."""
     images = f"{result.images} photo{'s' if result.images > 1 else ''}"
     how = "torch.compile" if result.compiled else "eager"
-    added = result.rows[0].added_parameters / 1e6
     return (
         f"{result.encoder}, batch {result.batch}, {result.dtype}, {how}, {result.weights} weights, {images}, "
-        f"{result.tokens_in} tokens in, {result.rounds} interleaved rounds; the merge adds {added:.1f} M parameters"
+        f"{result.tokens_in} tokens in, {result.rounds} interleaved rounds"
     )
 
 
@@ -47,28 +46,30 @@ def legend(result: VecResult) -> str:
     """What the columns mean, and the overhead."""
     worst = max(row.overhead for row in result.rows)
     return (
-        "VEC: vision-encode time of one batch in ms, median (p20-p80). Ratio: VEC @1 / VEC, paired by round, median (p20-p80); "
+        "VEC: vision-encode time of one batch in ms, median (p20-p80). Ratio: VEC @1 / VEC, paired by round; "
         "paper: the same from LaCo's tables. MiB: peak of activations. ok: error against float64 weights and products at most "
         f"twice that of the raster layout in the run's precision. Time outside embeddings, layers, merge and norms: at most "
         f"{worst:.2%}."
     )
 
 
-COLUMNS = ("depth", "layer", "tokens", "GFLOPs", "VEC ms", "ratio", "paper", "MiB", "ok")
+COLUMNS = ("depth", "layer", "tokens", "GFLOPs", "+params", "VEC ms", "ratio", "paper", "MiB", "ok")
 
 
 def cells(row: VecRow) -> tuple[str, ...]:
     """Return the cells of one row, in the order of ``COLUMNS``."""
-    digits = 0 if row.vec_ms.median >= 100 else 2
-    vec = f"{row.vec_ms.median:.{digits}f} ({row.vec_ms.p20:.{digits}f}-{row.vec_ms.p80:.{digits}f})"
+    values = (row.vec_ms.median, row.vec_ms.p20, row.vec_ms.p80)
+    form = "{:.3g}" if row.vec_ms.median >= 1e5 else "{:.0f}" if row.vec_ms.median >= 100 else "{:.2f}"
+    median, low, high = (form.format(value) for value in values)
     return (
         depth_label(row.depth),
         str(row.layer),
         str(row.tokens),
-        f"{row.gflops:.0f}",
-        vec,
-        f"{row.ratio.median:.2f} ({row.ratio.p20:.2f}-{row.ratio.p80:.2f})",
-        "-" if row.paper_ratio is None else f"{row.paper_ratio:.2f}",
+        f"{row.gflops:.0f}" if row.gflops >= 10 else f"{row.gflops:.2g}",
+        f"{row.added_parameters / 1e6:.1f}M",
+        f"{median} ({low}-{high})",
+        f"{row.ratio.median:.2f}x",
+        "-" if row.paper_ratio is None else f"{row.paper_ratio:.2f}x",
         f"{row.peak_mib:.0f}",
         "yes" if row.correct else "NO",
     )

@@ -42,7 +42,7 @@ def compress(
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``; or a
             config of one (random weights); or a local folder or hub name of a checkpoint in safetensors format, also
             of a larger model that contains one. The weights of a *model* are shared with the result, not copied, and
-            ``encoder`` itself stays usable; pass ``copy.deepcopy(encoder)`` to keep the two apart.
+            ``encoder`` itself stays usable; pass ``copy.deepcopy(encoder)`` to keep the two apart. Hooks stay behind.
         depth: where to merge as a fraction of the depth, in ``(0, 1]``; layers are rounded half up, and 1 merges behind
             the last layer, in front of the final norm. 1/4 if neither ``depth`` nor ``layer`` is given.
         layer: the same as a number of layers, 1 to ``num_hidden_layers``.
@@ -64,7 +64,8 @@ def compress(
     """
     config, source = _resolve(encoder)
     stock = _stock_class(config)
-    if isinstance(source, PreTrainedModel) and not isinstance(source, stock):
+    if isinstance(source, PreTrainedModel) and type(source) is not stock:
+        # A subclass may do something else, which the compressed class would not.
         remedy = "Pass the vision model inside it, such as model.vision_model"
         raise TypeError(complaint("encoder", f"a {type(source).__name__}", f"one of {_supported()}", remedy))
     config_class, model_class = FAMILIES[stock]
@@ -81,7 +82,8 @@ def compress(
     if "hidden_dim" in options:
         options["hidden_dim"] = int(merge.hidden_dim)  # as JSON can hold it
     if source is None:
-        return model_class(compressed)
+        model = model_class(compressed)
+        return model.to(config.dtype) if config.dtype is not None else model
     return _share_weights(load_stock(source) if isinstance(source, str) else source, model_class, compressed)
 
 
@@ -104,6 +106,7 @@ def load_stock(source: str) -> PreTrainedModel:
             config=config,
             output_loading_info=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
             # Inside a larger model the encoder's keys have the tower's prefix.
             key_mapping={r"^(model\.)?(vision_tower\.vision_model|vision_tower|vision_model)\.": ""},
         )
@@ -200,6 +203,7 @@ def _share_weights(
     merge.reset_parameters()
     model.train(encoder.training)
     for name, module in encoder.named_modules():
+        model.get_submodule(name).training = module.training
         if hasattr(module, "_gradient_checkpointing_func"):
             twin = model.get_submodule(name)
             twin.gradient_checkpointing = module.gradient_checkpointing

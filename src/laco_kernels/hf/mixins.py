@@ -68,6 +68,8 @@ def build_merge(config: Any, device: torch.device | str | None = None) -> PatchM
     check_choice("compressor", compression["compressor"], COMPRESSORS)
     check_choice("layout", compression["layout"], LAYOUTS)
     options = compression["options"]
+    if not isinstance(options, dict):
+        raise ValueError(complaint("options", repr(options), "a dictionary, empty for none", "Pass options={}"))
     for name in options:
         if name in FIXED_OPTIONS:
             raise TypeError(complaint(name, repr(options[name]), "no value, since the encoder decides it", f"Drop {name}"))
@@ -123,7 +125,7 @@ class MergingLayer(nn.Module):
     def __init__(self, config: CompressionConfig) -> None:
         super().__init__(config)
         self.config = config
-        self.windows: Windows | None = None  # while a compiler traces, which cannot follow a context variable
+        self.windows: Windows | None = None  # for a compiler's trace, which cannot follow a context variable
         self.merge = build_merge(config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -178,9 +180,10 @@ class CompressedEncoder(PreTrainedModel):
     ) -> ModelOutput | tuple[Any, ...]:
         """Encode images ``[B, 3, height, width]``; arguments and outputs are the stock model's."""
         windows = windows_of(self.config, *pixel_values.shape[-2:])
-        # InternVL's encoder hands no keyword arguments on to its layers, so the windows travel beside the call.
+        # InternVL's encoder hands no keyword arguments on to its layers, so the windows travel beside the call: where layers
+        # are compiled as an attribute, which is guarded on, and else in this thread's context.
+        self.merging_layer.windows = windows
         if torch.compiler.is_compiling():
-            self.merging_layer.windows = windows
             outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
         else:
             token = _current_windows.set(windows)

@@ -22,12 +22,8 @@ NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 
 def _is_plain(linear: nn.Module) -> bool:
     """Return whether ``linear`` does nothing but multiply: no adapter, quantisation, offloading or hook has been put on it."""
-    return (
-        type(linear) is nn.Linear
-        and "forward" not in vars(linear)
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-    )
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and not any(hooks)
 
 
 class PatchMergeLayer(nn.Module):
@@ -82,9 +78,9 @@ class PatchMergeLayer(nn.Module):
         if norm is not None:
             checks.check_choice("norm", norm, tuple(NORMS))
         self.residual, self.approximate, self.pad = residual, approximate, bool(pad)
-        if zero_init_last not in (None, True, False):
-            remedy = "Leave it out to start at zero wherever there is a residual"
-            raise TypeError(complaint("zero_init_last", repr(zero_init_last), "True, False or None", remedy))
+        for name, value in (("zero_init_last", zero_init_last), ("bias", bias)):
+            if not (isinstance(value, bool) or (value is None and name == "zero_init_last")):
+                raise TypeError(complaint(name, repr(value), "True or False", f"Leave {name} out for its default"))
         self.zero_init_last = residual != "none" if zero_init_last is None else zero_init_last
         self._check_options()
         factory = {"device": device, "dtype": dtype}
