@@ -34,7 +34,7 @@ def multi_block_linear_gelu(
         bias: ``[out]`` or ``None``.
         approximate: ``"none"`` (erf) or ``"tanh"``, as in :func:`torch.nn.functional.gelu`.
         prefix_tokens: ``P`` tokens before the patches; they are dropped.
-        impl: ``None`` for the automatic choice, or ``"reference"``, ``"triton"``, ``"cuda"``, which never fall back.
+        impl: ``None`` for the automatic choice; ``"reference"``, ``"composite"``, ``"triton"``, ``"cuda"`` never fall back.
 
     Returns:
         ``[B, N, out]``; under autocast in autocast's dtype.

@@ -1,7 +1,6 @@
-"""What the operators cost: floating-point operations, and the bytes that each implementation moves.
+"""What the operators cost in floating-point operations, told to ``torch.utils.flop_counter``, which cannot look inside.
 
-A multiply-add counts as two operations; activations, residuals and sums are left out, as ``torch.utils.flop_counter`` does.
-Bytes are those of tensors read and written once by each pass, caches apart.
+A multiply-add counts as two operations; activations, residuals and sums are left out, as it does for torch's own operators.
 """
 
 from __future__ import annotations
@@ -19,59 +18,6 @@ if TYPE_CHECKING:
 def product_flops(rows: int, *weights: Sequence[int]) -> int:
     """Operations of ``rows`` rows times each weight ``[out, in]``."""
     return 2 * rows * sum(math.prod(weight) for weight in weights)
-
-
-def patch_merge_bytes(
-    batch: int,
-    patches: int,
-    windows: int,
-    channels: int,
-    hidden: int,
-    out: int,
-    itemsize: int,
-    impl: str,
-    layout: str = "raster",
-) -> int:
-    """Bytes that the forward pass of ``patch_merge`` moves without saving for backward.
-
-    All read ``x`` and the weights, write and read the activation, and write ``y``. ``"reference"`` and ``"composite"`` also
-    write and read the pre-activation and, in raster layout, ``S(x)``; the reference makes the residual in passes of its own.
-    """
-    area = -(-patches // windows)
-    weights = hidden * area * channels + out * hidden
-    x, merged, middle, y = patches * channels, windows * area * channels, windows * hidden, windows * out
-    elements = x + 2 * middle + y
-    if impl == "triton":
-        elements += x  # the residual gathers x again
-    else:
-        elements += 2 * middle + (2 * merged if layout == "raster" else 0)
-        elements += 2 * y if impl == "composite" else merged + 3 * y
-    return itemsize * (batch * elements + weights)
-
-
-def strided_conv_gelu_bytes(batch: int, patches: int, windows: int, channels: int, out: int, itemsize: int, impl: str) -> int:
-    """Bytes that the forward pass of ``strided_conv_gelu`` moves: the fused kernel reads ``x`` and writes ``y`` alone."""
-    area = -(-patches // windows)
-    elements = patches * channels + windows * out
-    if impl != "triton":
-        elements += 2 * windows * (area * channels + out)
-    return itemsize * (batch * elements + out * area * channels)
-
-
-def multi_block_linear_gelu_bytes(
-    batch: int, blocks: int, patches: int, channels: int, out: int, itemsize: int, impl: str
-) -> int:
-    """Bytes that the forward pass of ``multi_block_linear_gelu`` moves.
-
-    The reference concatenates, the composite sums in float32.
-    """
-    elements = blocks * patches * channels + patches * out
-    extra = 0
-    if impl == "reference":
-        elements += 2 * (blocks * patches * channels + patches * out)
-    elif impl == "composite":
-        extra = max(itemsize, 4) * batch * patches * out * 2 * blocks
-    return itemsize * (batch * elements + out * blocks * channels) + extra
 
 
 def _merge(x: Any, weight1: Any, bias1: Any, weight2: Any, *rest: Any, out_shape: Any, **_: Any) -> int:

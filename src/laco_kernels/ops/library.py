@@ -49,8 +49,8 @@ def run_forward(
     """Run ``<name>_forward`` of an implementation: the output, and the pre-activation, empty unless it is to be saved."""
     xs = tensors[0]
     x = xs if isinstance(xs, torch.Tensor) else xs[0]
-    rows = x.shape[0] * (options["windows"].num_windows if "windows" in options else x.shape[1])
-    module = select.load(impl, name, x, rows)
+    tokens = options["windows"].num_windows if "windows" in options else x.shape[1] - options["prefix_tokens"]
+    module = select.load(impl, name, x, x.shape[0] * tokens)
     y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
     return y, pre if save else y.new_empty(0)
 

@@ -55,7 +55,7 @@ def patch_merge(
         pad: zero-pad a grid that ``ratio`` does not divide at the bottom and at the right.
         layout: ``"raster"``, or ``"block"`` where the patch tokens already lie window by window,
             ``[H/r][W/r][dy][dx]``, which needs a grid that ``ratio`` divides.
-        impl: ``None`` for the automatic choice, or ``"reference"``, ``"triton"``, ``"cuda"``, which never fall back.
+        impl: ``None`` for the automatic choice; ``"reference"``, ``"composite"``, ``"triton"``, ``"cuda"`` never fall back.
 
     Returns:
         ``[B, P + N', C_out]`` in raster order, ``N' = ceil(H / r) * ceil(W / r)``; under autocast in autocast's dtype.

@@ -40,7 +40,7 @@ def strided_conv_gelu(
         approximate: ``"none"`` (erf) or ``"tanh"``, as in :func:`torch.nn.functional.gelu`.
         prefix_tokens: ``P`` tokens before the patches; they are dropped.
         pad: zero-pad a grid that ``kernel_size`` does not divide at the bottom and at the right.
-        impl: ``None`` for the automatic choice, or ``"reference"``, ``"triton"``, ``"cuda"``, which never fall back.
+        impl: ``None`` for the automatic choice; ``"reference"``, ``"composite"``, ``"triton"``, ``"cuda"`` never fall back.
 
     Returns:
         ``[B, N', out]``, ``N' = ceil(H / k) * ceil(W / k)``; under autocast in autocast's dtype.
