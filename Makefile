@@ -3,17 +3,33 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+JOBS ?= 2  # processes that tests run in
+TRITON ?= 3.6.0  # the oldest version supported, which torch 2.11 brings
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: demo test lint format clean fuzz gpu-test
+.PHONY: demo test lint format clean fuzz faults gpu-test test-triton resources
 
 demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper, on a real photo
 	$(BIN)/laco bench vec --out demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -p no:benchmark
 
-fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU
-	$(BIN)/pytest tests/kernels -k anywhere --hypothesis-profile=fuzz
+test-triton: .venv-triton-$(strip $(TRITON))/.ready  ## the kernels' tests with another Triton, in an environment of its own
+	$(<D)/bin/pytest tests/kernels -n $(JOBS) --dist loadgroup -p no:benchmark
+
+fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU; keeps the statistics
+	$(BIN)/laco env | sed '/^$$/,$$d' > fuzz.log
+	$(BIN)/pytest tests/kernels -k anywhere --hypothesis-profile=fuzz -n $(JOBS) -q --hypothesis-show-statistics | tee -a fuzz.log
+	mv fuzz.log benchmarks/results/fuzz.txt
+
+faults: $(READY)  ## every kernel broken on purpose, one fault at a time; each must turn a test red
+	$(BIN)/python -m tests.faults
+
+resources: $(READY)  ## registers and shared memory of every kernel, compiled ahead of time
+	$(BIN)/python -m laco_kernels.kernels.resources > resources.part
+	mv resources.part benchmarks/results/kernel-resources.json
 
 gpu-test: $(READY)  ## what only a GPU can show, and the kernels' tests compiled
 	$(BIN)/pytest tests/gpu tests/kernels
@@ -28,7 +44,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Written last, so that an interrupted installation is taken up again.
 $(READY): pyproject.toml setup.py constraints.txt
@@ -40,3 +56,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 	       "On Debian and Ubuntu: apt-get install python3-venv, then the same command again." >&2; exit 2; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
+
+.venv-triton-%/.ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint <(grep -v -e '^triton' -e '^numpy' constraints.txt) \
+	  --editable . 'numpy<2.4' pytest pytest-xdist hypothesis
+	$(@D)/bin/python -m pip install --quiet --no-deps 'triton==$*'  # torch's CUDA builds ask for one version only
+	@touch $@

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several processes share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 SLOW = [HealthCheck.too_slow]  # on a busy machine
 settings.register_profile("default", deadline=None, max_examples=84, suppress_health_check=SLOW)
 settings.register_profile(

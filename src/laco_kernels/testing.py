@@ -48,6 +48,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            if str(device) == "meta":
+                return torch.empty(shape, dtype=dtype, device="meta")
             return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
         s = self.sizes

@@ -50,6 +50,30 @@ def test_a_captured_graph_replays_on_new_inputs(case, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=str)
+def test_a_captured_graph_replays_forward_and_backward(case, impl):
+    inputs, other = (case.inputs(torch.bfloat16, "cuda", seed) for seed in (0, 1))
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    grad = torch.randn_like(case(leaves, impl).detach())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(case(leaves, impl), list(leaves.values()), grad)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(case(leaves, impl), list(leaves.values()), grad)
+    with torch.no_grad():
+        for name, tensor in leaves.items():
+            tensor.copy_(other[name])
+    graph.replay()
+    expected = testing.gradients(case, other, impl, grad)
+    for name, gradient in zip(leaves, found, strict=True):
+        assert torch.equal(gradient, expected[f"d{name}"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_more_than_two_to_the_thirty_first_elements(impl):
     # 2.2e9 elements of x; the last image must come out as it does alone.
     case = Case("patch_merge", {"batch": 2100, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})
@@ -59,18 +83,3 @@ def test_more_than_two_to_the_thirty_first_elements(impl):
     x[-1] = inputs["x"][0]
     with torch.no_grad():
         assert torch.equal(case({**inputs, "x": x}, impl)[-1], small(inputs, impl)[0])
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", testing.CASES[:4], ids=str)
-def test_nothing_is_written_outside_the_output(case, impl):
-    inputs = case.inputs(torch.float32, "cuda")
-    with torch.no_grad():
-        y = case(inputs, impl)
-        torch.cuda.synchronize()
-        # The allocator gives the same block again; what lies around it stays what it was.
-        guard = torch.full((1 << 20,), 7.0, device="cuda")
-        case(inputs, impl)
-        torch.cuda.synchronize()
-    assert (guard == 7.0).all()
-    assert y.isfinite().all()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from laco_kernels import testing
 from laco_kernels.geometry import Windows
-from laco_kernels.kernels import select
+from laco_kernels.kernels import fused, gathered_gemm, select
 from laco_kernels.testing import Case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def layouts(draw, tensor):
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if kind == "sliced":
         batch, tokens, channels = tensor.shape
-        return tensor.new_zeros(batch, tokens + 3, 2 * channels)[:, 2:-1, ::2].copy_(tensor)
+        return tensor.new_full((batch, tokens + 3, 2 * channels), float("nan"))[:, 2:-1, ::2].copy_(tensor)
     if kind == "expanded" and len(tensor):
         return tensor[:1].expand(tensor.shape)
     return tensor
@@ -100,6 +100,57 @@ def test_multi_block_linear_gelu_anywhere(impl, data):
         "out": data.draw(WIDTHS),
     }
     check(data, Case("multi_block_linear_gelu", sizes, {"prefix_tokens": prefix, "approximate": data.draw(APPROXIMATE)}), impl)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="too small for a GPU, where LARGE_CASES have many")
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_many_tiles_of_rows_and_columns(case, monkeypatch):
+    """Tiles smaller than the interpreter's own: most cases have three of rows, in groups of two and one."""
+    tile = gathered_gemm.Tile(4, 16, 32, 4, 1, group_m=2)
+    for module in (fused, gathered_gemm):
+        monkeypatch.setattr(module, "tile_for", lambda *_, **__: tile)
+    assert_ok(testing.check_case(case, "triton", torch.float32, DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="addresses a sparse file, on the CPU")
+@every_impl
+@pytest.mark.parametrize(("name", "dim"), [("x", 0), ("x", 1), ("x", 2), ("weight1", 0)])
+@pytest.mark.parametrize("residual", ["mean", "channel_group"])
+def test_strides_beyond_32_bits(residual, name, dim, impl, tmp_path):
+    """The last entry along ``dim`` lies 2**31 elements behind the first; an offset that wraps around finds a zero."""
+    case = Case("patch_merge", {"batch": 3, "channels": 8, "hidden": 5}, {"grid": (4, 2), "residual": residual})
+    inputs = case.inputs(torch.float16, DEVICE)
+    tensor = inputs[name].transpose(0, dim).contiguous()
+    memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=2**32 + 2**10, dtype=tensor.dtype)
+    (tmp_path / "memory").unlink()
+    strides = (-(-(2**31) // (len(tensor) - 1)), *tensor.stride()[1:])
+    inputs[name] = memory.as_strided(tensor.shape, strides, 2**31).copy_(tensor).transpose(0, dim)
+    assert_ok(testing.check_case(case, impl, tensor.dtype, DEVICE, inputs))
+
+
+@every_impl
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_nothing_is_read_around_the_inputs(case, impl):
+    """Every input is every other element of something larger that is NaN elsewhere; NaN times a masked zero would show."""
+    inputs = case.inputs(torch.float32, DEVICE)
+    for name, tensor in inputs.items():
+        around = tensor.new_full([2 * size + 1 for size in tensor.shape], float("nan"))
+        inputs[name] = around[(slice(1, None, 2),) * tensor.dim()].copy_(tensor)
+    assert_ok(testing.check_case(case, impl, torch.float32, DEVICE, inputs))
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_blocks_are_summed_before_they_are_rounded(impl, dtype):
+    """The first two of three blocks cancel; rounded on the way, their products would leave an error of their own size."""
+    case = Case("multi_block_linear_gelu", {"batch": 1, "tokens": 9, "channels": 16, "blocks": 3, "out": 24})
+    inputs = case.inputs(dtype, DEVICE)
+    inputs["xs[1]"] = -inputs["xs[0]"].mul_(64)
+    inputs["weight"][:, 16:32] = inputs["weight"][:, :16]
+    with torch.no_grad():
+        exact = case({name: tensor.double() for name, tensor in inputs.items()}, "reference")
+        error = (case(inputs, impl).double() - exact).abs().max()
+    assert error <= 2 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 GRADCHECK = [

@@ -8,8 +8,9 @@ from laco_kernels.kernels import select
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 ROWS = [
-    {"op": "patch_merge", "dtype": "bfloat16", "up_to": 1000, "impl": "composite"},
-    {"op": "patch_merge", "dtype": "bfloat16", "up_to": 10_000, "impl": "triton"},
+    {"op": "patch_merge", "direction": "forward", "dtype": "bfloat16", "up_to": 1000, "impl": "composite"},
+    {"op": "patch_merge", "direction": "forward", "dtype": "bfloat16", "up_to": 10_000, "impl": "triton"},
+    {"op": "patch_merge", "direction": "backward", "dtype": "bfloat16", "up_to": 10_000, "impl": "composite"},
 ]
 
 
@@ -29,8 +30,8 @@ def gpu(monkeypatch, tmp_path):
     select._verdicts.cache_clear()
 
 
-def choose(rows=2000, dtype=torch.bfloat16):
-    return select.choose("patch_merge", CUDA, dtype, rows)
+def choose(rows=2000, dtype=torch.bfloat16, direction="forward"):
+    return select.choose("patch_merge", direction, CUDA, dtype, rows)
 
 
 def test_what_was_never_measured_is_never_chosen(gpu):
@@ -46,6 +47,7 @@ def test_the_table_decides_by_size(gpu):
     assert choose(rows=1001) == ("triton", "measured fastest on H up to 10000 output tokens")
     assert choose(rows=10_001).impl == "reference"
     assert choose(dtype=torch.float32).impl == "reference"
+    assert choose(direction="backward").impl == "composite"
 
 
 def test_a_relative_of_a_measured_gpu_needs_a_verdict_of_its_own(gpu):
@@ -77,7 +79,10 @@ def test_a_cache_that_cannot_be_written_is_no_error(gpu, monkeypatch):
 
 
 def test_on_a_cpu_the_reference_is_chosen():
-    assert select.choose("patch_merge", CPU, torch.float32, 100) == ("reference", "kernels run on NVIDIA GPUs, not on cpu")
+    assert select.choose("patch_merge", "forward", CPU, torch.float32, 100) == (
+        "reference",
+        "kernels run on NVIDIA GPUs, not on cpu",
+    )
 
 
 def test_the_shipped_table_is_readable_and_names_what_exists():
@@ -88,6 +93,15 @@ def test_the_shipped_table_is_readable_and_names_what_exists():
 def merge(**options):
     x, weight = torch.randn(1, 4, 16), torch.randn(16, 64)
     return lk.patch_merge(x, weight, None, torch.randn(16, 16), None, grid=(2, 2), **options)
+
+
+def test_forward_and_backward_are_chosen_apart(gpu, monkeypatch):
+    gpu("H", {"H": {"capability": "9.0", "rows": ROWS}})
+    asked = []
+    monkeypatch.setattr(select, "choose", lambda *args: asked.append(args[:2]) or select.Choice("reference", ""))
+    x = torch.randn(1, 4, 16, requires_grad=True)
+    lk.patch_merge(x, torch.randn(16, 64), None, torch.randn(16, 16), None, grid=(2, 2)).sum().backward()
+    assert asked == [("patch_merge", "forward"), ("patch_merge", "backward")]
 
 
 def test_the_environment_chooses_where_the_call_does_not(monkeypatch):

@@ -34,6 +34,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None:
         report["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else report["cpu"]
         report["driver"] = _driver() if device.type == "cuda" else None
+        report["capability"] = capability(device) if device.type == "cuda" else None
     return report
 
 
@@ -43,9 +44,12 @@ def implementations() -> dict[str, str | None]:
 
 
 def automatic_choices() -> dict[str, select.Choice]:
-    """Return what runs each operator where no ``impl=`` is given, and why: for 4096 tokens in bfloat16 on a GPU if any."""
+    """Return what runs each operator where no ``impl=`` is given, and why: for 4096 tokens in bfloat16 on a GPU if any.
+
+    That is the choice for the forward pass; backward is chosen by itself.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {op: select.choose(op, device, torch.bfloat16, 4096) for op in select.OPERATORS}
+    return {op: select.choose(op, "forward", device, torch.bfloat16, 4096) for op in select.OPERATORS}
 
 
 def _version(package: str) -> str | None:
@@ -67,6 +71,31 @@ def _commit() -> str | None:
 
 def _driver() -> str | None:
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def capability(device: torch.device) -> str:
+    """Return a GPU's architecture such as ``"9.0"``."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def clocks(device: torch.device) -> dict[str, float] | None:
+    """Return a GPU's clocks in MHz, its temperature in degrees Celsius and its power in watts; ``None`` elsewhere."""
+    fields = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "temperature.gpu": "celsius", "power.draw": "watts"}
+    if device.type != "cuda":
+        return None
+    query = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    lines = (_output(*query) or "").splitlines()
+    if len(lines) <= (device.index or 0):
+        return None
+    values = [value.strip() for value in lines[device.index or 0].split(",")]
+    numbers = zip(fields.values(), values, strict=True)
+    return {name: float(value) for name, value in numbers if value.replace(".", "").isdigit()}
+
+
+def other_processes() -> list[int]:
+    """Return the processes that compute on this machine's GPUs; to be asked before this one does."""
+    answer = _output("nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader") or ""
+    return [int(line) for line in answer.split() if line.isdigit()]
 
 
 def _output(*command: str) -> str | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from laco_kernels.kernels import pointwise
 from laco_kernels.kernels.common import GATHER, RESIDUAL, block_outer, column_sum, gathered, outer
 from laco_kernels.kernels.launch import accumulator_torch
+from laco_kernels.kernels.passes import announce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +125,7 @@ def strided_conv_gelu_backward(
     dx = None
     if needs[0]:
         dx = x.new_empty(x.shape)
-        dx[:, : windows.prefix_tokens] = 0
+        dx[:, : windows.prefix_tokens].zero_()
         pointwise.join(dpre @ weight, grad, windows, GATHER["raster"], RESIDUAL["none"], dx)
     dweight = outer(dpre, gathered(x, windows, "raster")) if needs[1] else None
     return [dx, dweight, dbias if needs[2] else None]
@@ -157,9 +158,13 @@ def multi_block_linear_gelu_forward(
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     if left.dtype == wide:
         return torch.baddbmm(total, left, right)
-    if left.is_cuda:
-        return torch.baddbmm(total, left, right, out_dtype=wide)
-    return torch.baddbmm(total, left.to(wide), right.to(wide))
+    if left.device.type == "cpu":
+        return torch.baddbmm(total, left.to(wide), right.to(wide))
+    if left.is_meta:  # torch has no shape rule for out_dtype
+        out = total.new_empty(total.shape)
+        announce([total, left, right], [out])
+        return out
+    return torch.baddbmm(total, left, right, out_dtype=wide)
 
 
 def multi_block_linear_gelu_backward(
@@ -180,7 +185,7 @@ def multi_block_linear_gelu_backward(
         dx = None
         if needs[i]:
             dx = x.new_empty(x.shape)
-            dx[:, :prefix_tokens] = 0
+            dx[:, :prefix_tokens].zero_()
             dx[:, prefix_tokens:] = dpre @ weight[:, i * channels : (i + 1) * channels]
         dxs.append(dx)
     dweight = block_outer(dpre, xs, prefix_tokens) if needs[-2] else None

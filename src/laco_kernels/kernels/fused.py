@@ -171,7 +171,7 @@ def strided_conv_gelu_backward(
     dx = None
     if needs[0]:
         dx = x.new_empty(x.shape)
-        dx[:, : windows.prefix_tokens] = 0
+        dx[:, : windows.prefix_tokens].zero_()
         gathered_gemm(
             [dpre],
             weight.t(),
@@ -229,7 +229,7 @@ def multi_block_linear_gelu_backward(
         dx = None
         if needs[i]:
             dx = x.new_empty(x.shape)
-            dx[:, :prefix_tokens] = 0
+            dx[:, :prefix_tokens].zero_()
             block = weight[:, i * channels : (i + 1) * channels]
             gathered_gemm([dpre], block.t(), dx, rows=pre.shape[1], out_prefix=prefix_tokens)
         dxs.append(dx)

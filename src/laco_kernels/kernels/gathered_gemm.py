@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from laco_kernels.kernels.activation import gelu, gelu_and_derivative
-from laco_kernels.kernels.launch import INTERPRETED, accumulator, activation_code, is_cheap, precision
+from laco_kernels.kernels.launch import INTERPRETED, accumulator, activation_code, is_cheap, launch, precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,15 +198,17 @@ class Tile:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    max_registers: int | None = None  # a thread; None leaves it to ptxas
 
 
 TILES = {
-    "half-large": Tile(128, 128, 64, 8, 3),
+    # ptxas would hold it to 128 registers for sm_100, and spill.
+    "half-large": Tile(128, 128, 64, 8, 3, max_registers=255),
     "half-medium": Tile(128, 64, 64, 4, 4),
     "half-small": Tile(64, 64, 64, 4, 4),
     "half-heavy": Tile(128, 64, 64, 8, 3),
     "float-large": Tile(64, 32, 16, 4, 4),
-    "float-small": Tile(32, 64, 16, 4, 3),
+    "float-small": Tile(32, 64, 32, 4, 2),
 }
 HEAVY = ("half-heavy", "half-small", "float-small")  # tiles whose registers hold a heavy epilogue too
 
@@ -284,10 +286,17 @@ def gathered_gemm(
     out_width = windows.out_grid[1] if windows is not None else 1
     other = first if residual_of is None else residual_of
     missing = first  # an argument that the chosen epilogue does not touch
-    gathered_gemm_kernel[(triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),)](
+    read = slice(prefix, prefix + (rows if windows is None or gather == ROWS else windows.num_patches))
+    scattered = out[:, out_prefix:]
+    residual_rows = slice(residual_prefix, None) if residual else slice(0)
+    launch(
+        gathered_gemm_kernel,
+        (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),),
+        reads=[*(source[:, read] for source in sources), weight, bias, derivative_at, other[:, residual_rows]],
+        writes=[scattered, save_pre, act, partial],
         p_a=tuple(sources),
         p_w=weight,
-        p_bias=missing if bias is None else bias,
+        p_bias=missing if bias is None else bias.contiguous(),
         p_out=out,
         p_pre=next((t for t in (save_pre, derivative_at) if t is not None), missing),
         p_act=missing if act is None else act,
@@ -334,4 +343,5 @@ def gathered_gemm(
         GROUP_M=tile.group_m,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.max_registers,
     )

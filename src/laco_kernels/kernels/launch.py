@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
 
 from laco_kernels.kernels.activation import ERF, TANH
+from laco_kernels.kernels.passes import announce
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(
+    kernel: Any,
+    programs: tuple[int, ...],
+    *,
+    reads: Sequence[torch.Tensor | None],
+    writes: Sequence[torch.Tensor | None],
+    **arguments: Any,
+) -> None:
+    """Run ``kernel`` on a grid of ``programs``; ``reads`` and ``writes`` are what it touches, for those who count bytes.
+
+    On the meta device nothing runs.
+    """
+    announce(reads, writes)
+    if not any(tensor is not None and tensor.is_meta for tensor in writes):
+        kernel[programs](**arguments)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from laco_kernels.kernels.activation import gelu_and_derivative
 from laco_kernels.kernels.gathered_gemm import real_tokens, token_of
-from laco_kernels.kernels.launch import accumulator, accumulator_torch, activation_code, is_cheap
+from laco_kernels.kernels.launch import accumulator, accumulator_torch, activation_code, is_cheap, launch
 
 if TYPE_CHECKING:
     from laco_kernels.geometry import Windows
@@ -90,7 +90,6 @@ def gelu_backward_kernel(
     M,
     N,
     rows,
-    prefix,
     stride_gb,
     stride_gt,
     stride_gn,
@@ -108,7 +107,7 @@ def gelu_backward_kernel(
     i_b, i_q = (o_m // rows).to(tl.int64), o_m % rows
     m_tile = (o_m < M)[:, None] & (o_n < N)[None, :]
     o_flat = o_m[:, None].to(tl.int64) * N + o_n[None, :]
-    o_g = i_b[:, None] * stride_gb + (prefix + i_q)[:, None].to(tl.int64) * stride_gt + o_n[None, :].to(tl.int64) * stride_gn
+    o_g = i_b[:, None] * stride_gb + i_q[:, None].to(tl.int64) * stride_gt + o_n[None, :].to(tl.int64) * stride_gn
     b_pre = tl.load(p_pre + o_flat, mask=m_tile, other=0.0).to(ACC)
     b_act, b_slope = gelu_and_derivative(b_pre, ACTIVATION, CHEAP)
     if WRITE_ACT:
@@ -181,18 +180,23 @@ def split(
     m, channels = x.shape[0] * windows.num_windows, x.shape[2]
     if m == 0:
         return
-    split_kernel[_tiles(m, channels)](
+    prefix = windows.prefix_tokens
+    launch(
+        split_kernel,
+        _tiles(m, channels),
+        reads=[x[:, prefix:], bias],
+        writes=[merged, None if out is None else out[:, prefix:]],
         p_x=x,
         p_s=x if merged is None else merged,
         p_r=x if out is None else out,
-        p_bias=x if bias is None else bias,
+        p_bias=x if bias is None else bias.contiguous(),
         channels=channels,
         rows=windows.num_windows,
         height=windows.grid[0],
         width=windows.grid[1],
         out_width=windows.out_grid[1],
-        prefix=windows.prefix_tokens,
-        out_prefix=windows.prefix_tokens,
+        prefix=prefix,
+        out_prefix=prefix,
         M=m,
         stride_xb=x.stride(0),
         stride_xt=x.stride(1),
@@ -211,11 +215,11 @@ def split(
 
 
 def gelu_backward(
-    grad: torch.Tensor, pre: torch.Tensor, approximate: str, *, prefix: int = 0, with_act: bool = False
+    grad: torch.Tensor, pre: torch.Tensor, approximate: str, *, with_act: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return ``grad * gelu'(pre)``, its column sums, and with ``with_act`` also ``gelu(pre)``.
 
-    ``grad [B, prefix + rows, N]`` in any strides, ``pre [B, rows, N]`` contiguous.
+    ``grad [B, rows, N]`` in any strides, ``pre [B, rows, N]`` contiguous.
     """
     batch, rows, n = pre.shape
     m = batch * rows
@@ -223,7 +227,11 @@ def gelu_backward(
     act = torch.empty_like(pre) if with_act else None
     partial = pre.new_empty((triton.cdiv(m, ROW_TILE), n), dtype=accumulator_torch(pre.dtype))
     if m and n:
-        gelu_backward_kernel[_tiles(m, n)](
+        launch(
+            gelu_backward_kernel,
+            _tiles(m, n),
+            reads=[grad, pre],
+            writes=[out, act, partial],
             p_grad=grad,
             p_pre=pre,
             p_out=out,
@@ -232,7 +240,6 @@ def gelu_backward(
             M=m,
             N=n,
             rows=rows,
-            prefix=prefix,
             stride_gb=grad.stride(0),
             stride_gt=grad.stride(1),
             stride_gn=grad.stride(2),
@@ -252,7 +259,12 @@ def join(merged: torch.Tensor, grad: torch.Tensor, windows: Windows, scatter: in
     m, channels = out.shape[0] * windows.num_windows, out.shape[2]
     if m == 0:
         return
-    join_kernel[_tiles(m, channels)](
+    prefix = windows.prefix_tokens
+    launch(
+        join_kernel,
+        _tiles(m, channels),
+        reads=[merged, grad[:, prefix:] if residual else None],
+        writes=[out[:, prefix:]],
         p_s=merged,
         p_g=grad,
         p_x=out,
@@ -261,8 +273,8 @@ def join(merged: torch.Tensor, grad: torch.Tensor, windows: Windows, scatter: in
         height=windows.grid[0],
         width=windows.grid[1],
         out_width=windows.out_grid[1],
-        prefix=windows.prefix_tokens,
-        g_prefix=windows.prefix_tokens,
+        prefix=prefix,
+        g_prefix=prefix,
         M=m,
         stride_gb=grad.stride(0),
         stride_gt=grad.stride(1),

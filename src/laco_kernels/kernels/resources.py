@@ -1,6 +1,7 @@
 """What every kernel in every shipped configuration asks of a GPU, found by compiling ahead of time, without one.
 
-``python -m laco_kernels.kernels.resources`` prints the table as JSON. It cannot run where ``TRITON_INTERPRET=1``.
+``python -m laco_kernels.kernels.resources`` prints the table as JSON, a row a line; ``make resources`` keeps it. It cannot run
+where ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Resources:
     kernel: str
     mode: str
     tile: str
-    dtype: str
+    dtype: str  # "tf32": float32 tensors, products of torch.backends.cuda.matmul.allow_tf32
     arch: int
     registers: int  # a thread
     spilled: int  # bytes a thread, on the stack or in local memory
@@ -90,9 +91,9 @@ def variants(arch: int) -> list[tuple[str, str, str, str, int]]:
     """Return everything there is to compile for one architecture, as arguments of :func:`measure`."""
     found = []
     for tile in TILES:
-        for dtype in ("fp32",) if tile.startswith("float") else ("bf16", "fp16"):
+        for dtype in ("fp32", "tf32") if tile.startswith("float") else ("bf16", "fp16"):
             modes = [mode for mode in GEMM_MODES if tile in (HEAVY if mode in HEAVY_MODES else set(TILES) - {"half-heavy"})]
-            if dtype == "fp16":
+            if dtype == "fp16":  # the same instructions as bfloat16
                 modes = modes[:1]
             found += [("gathered_gemm_kernel", mode, tile, dtype, arch) for mode in modes]
     for mode, (kernel, _) in POINTWISE_MODES.items():
@@ -102,11 +103,13 @@ def variants(arch: int) -> list[tuple[str, str, str, str, int]]:
 
 def measure(kernel: str, mode: str, tile_name: str, dtype: str, arch: int) -> Resources:
     """Compile one variant and read its resources."""
-    cheap = dtype != "fp32"
+    cheap = dtype not in ("fp32", "tf32")
+    precision = {"PRECISION": dtype} if dtype == "tf32" else {}
     if kernel == "gathered_gemm_kernel":
         tile = TILES[tile_name]
         shape = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": tile.group_m}
-        compiled = _compile(gathered_gemm_kernel, dtype, arch, tile, {**_NOTHING, **GEMM_MODES[mode], "CHEAP": cheap, **shape})
+        constants = {**_NOTHING, **GEMM_MODES[mode], "CHEAP": cheap, **precision, **shape}
+        compiled = _compile(gathered_gemm_kernel, dtype.replace("tf32", "fp32"), arch, tile, constants)
     else:
         shape = {"BM": pointwise.ROW_TILE, "BC": pointwise.COLUMN_TILE, "BN": pointwise.COLUMN_TILE}
         constants = {**POINTWISE_MODES[mode][1], "CHEAP": cheap, "ACC": tl.float32, **shape}
@@ -145,7 +148,7 @@ def _compile(kernel: Any, dtype: str, arch: int, tile: Tile, constants: dict[str
             if name.startswith("stride") or name in ("N", "channels"):
                 attributes[(i,)] = aligned
     source = ASTSource(kernel, signature, constant, attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.max_registers}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -169,5 +172,6 @@ def measure_all(archs: tuple[int, ...] = tuple(SHARED_LIMITS)) -> list[Resources
 
 
 if __name__ == "__main__":
-    wanted = tuple(int(arch) for arch in sys.argv[1:]) or tuple(SHARED_LIMITS)
-    print(json.dumps([dataclasses.asdict(row) for row in measure_all(wanted)], indent=1))
+    found = measure_all(tuple(int(arch) for arch in sys.argv[1:]) or tuple(SHARED_LIMITS))
+    rows = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in found)
+    print(f'{{"triton": "{triton.__version__}", "rows": [\n{rows}\n]}}')

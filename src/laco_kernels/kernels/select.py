@@ -4,7 +4,7 @@ An explicit ``impl=`` never falls back. The automatic choice is made by this rul
 
 1. ``LACO_IMPL`` in the environment, for debugging, is an explicit choice for every call that makes none.
 2. The shipped table (``winners.json``, written by measurement) has rows for this device's name: the winner of the row for
-   this operator, dtype and number of output tokens.
+   this operator, direction (forward or backward), dtype and number of output tokens.
 3. It has rows for another device of the same architecture, and ``laco check`` passed here (its verdict lies in the user's
    cache folder): that device's winner.
 4. Else the reference. A kernel that was never verified on a GPU of this architecture is never chosen by itself.
@@ -94,18 +94,18 @@ def check(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return impl
 
 
-def load(impl: str, op: str, like: torch.Tensor, rows: int) -> ModuleType:
+def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int) -> ModuleType:
     """Return the module that runs ``op`` on ``rows`` output tokens on the device and in the dtype of ``like``.
 
-    Triton is imported here and not before.
+    ``direction`` is ``"forward"`` or ``"backward"``. Triton is imported here and not before.
     """
     if impl == AUTO:
-        impl = choose(op, like.device, like.dtype, rows).impl
+        impl = choose(op, direction, like.device, like.dtype, rows).impl
     return importlib.import_module(MODULES[impl])
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
-    """Make the automatic choice, and say why."""
+def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
+    """Make the automatic choice for one direction, and say why."""
     if device.type != "cuda":
         return Choice("reference", f"kernels run on NVIDIA GPUs, not on {device.type}")
     table = winners()
@@ -122,16 +122,17 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choi
             return Choice("reference", f"`laco check` has not passed for {op} in {dtype} on this {name}")
         source, entries = akin[0], table[akin[0]]
     for row in entries["rows"]:
-        if row["op"] == op and row["dtype"] == str(dtype).removeprefix("torch.") and rows <= row["up_to"]:
+        wanted = (op, direction, str(dtype).removeprefix("torch."))
+        if (row["op"], row["direction"], row["dtype"]) == wanted and rows <= row["up_to"]:
             if reason := unavailable(row["impl"], device, dtype):
                 return Choice("reference", reason)
             return Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
-    return Choice("reference", f"not measured on {source} for {op} in {dtype} with {rows} output tokens")
+    return Choice("reference", f"not measured on {source} for {op} {direction} in {dtype} with {rows} output tokens")
 
 
 @functools.cache
 def winners() -> dict[str, Any]:
-    """Return the shipped table: by device name its ``capability`` and ``rows`` of op, dtype, up_to and impl."""
+    """Return the shipped table: by device name its ``capability`` and ``rows`` of op, direction, dtype, up_to, impl."""
     table: dict[str, Any] = json.loads(TABLE.read_text())
     return table
 

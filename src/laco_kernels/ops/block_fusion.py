@@ -120,7 +120,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.needs = [*[x.requires_grad for x in xs], weight.requires_grad, bias is not None and bias.requires_grad]
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     *xs, pre, weight = ctx.saved_tensors
     gradients = torch.ops.laco.multi_block_linear_gelu_backward(grad, xs, pre, weight, *ctx.settings, ctx.needs)
     *dxs, dweight, dbias = library.asked_for(gradients, ctx.needs)

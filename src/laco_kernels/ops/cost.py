@@ -1,6 +1,7 @@
-"""What the operators cost in floating-point operations, told to ``torch.utils.flop_counter``, which cannot look inside.
+"""What the operators cost: floating-point operations, and bytes moved by each implementation.
 
-A multiply-add counts as two operations; activations, residuals and sums are left out, as it does for torch's own operators.
+``torch.utils.flop_counter`` cannot look inside an operator, so it is told. A multiply-add counts as two operations;
+activations, residuals and sums are left out, as it does for torch's own operators.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
+
+from laco_kernels.kernels import passes
+from laco_kernels.ops.library import BODIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,3 +61,79 @@ FORMULAS: dict[str, Callable[..., int]] = {
 }
 for _name, _formula in FORMULAS.items():
     register_flop_formula(getattr(torch.ops.laco, _name))(_formula)
+
+_ATEN = torch.ops.aten
+ALLOCATIONS = {_ATEN.empty, _ATEN.new_empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty_strided}
+OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_}  # in place, without reading what they replace
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that passes over memory read and write: the tensors of every operator and kernel, once a pass.
+
+    That is what a pass moves where nothing is left in a cache by the pass before and nothing is fetched twice. Views move
+    nothing, and an expanded tensor counts once. With ``impl`` the operators ``laco::*`` run in that implementation, also on
+    the meta device, where nothing is computed::
+
+        with Traffic("triton") as traffic:
+            lk.patch_merge(x, weight1, None, weight2, None, grid=(24, 24))  # all on device="meta"
+        print(traffic.read, traffic.written)
+    """
+
+    def __init__(self, impl: str | None = None) -> None:
+        super().__init__()
+        self.impl = impl
+        self.read = self.written = self._depth = 0
+
+    def __enter__(self) -> Traffic:
+        if self._depth == 0:
+            passes.LISTENERS.append(self._count)
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._depth -= 1
+        if self._depth == 0:
+            passes.LISTENERS.remove(self._count)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "laco":
+            names = [argument.name for argument in func._schema.arguments]
+            values = {**dict(zip(names, args, strict=False)), **kwargs}
+            if self.impl is not None:
+                values["impl"] = self.impl
+            with self:
+                return BODIES[func._schema.name.partition("::")[2]](*values.values())
+        out = func(*args, **kwargs)
+        if func.overloadpacket not in ALLOCATIONS:
+            self._count(*_touched(func, args, kwargs, out))
+        return out
+
+    def _count(self, reads: Sequence[torch.Tensor | None], writes: Sequence[torch.Tensor | None]) -> None:
+        self.read += sum(_bytes(tensor) for tensor in reads if tensor is not None)
+        self.written += sum(_bytes(tensor) for tensor in writes if tensor is not None)
+
+
+def _touched(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return what an operator of torch reads and writes."""
+    reads, writes = [], []
+    for i, argument in enumerate(func._schema.arguments):
+        value = kwargs.get(argument.name, args[i] if i < len(args) else None)
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written:
+            writes += tensors
+        if not written or not (argument.kwarg_only or func.overloadpacket in OVERWRITES):
+            reads += tensors
+    storages = {tensor.untyped_storage()._cdata for tensor in (*reads, *writes)}
+    results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+    made = [tensor for tensor in results if tensor.untyped_storage()._cdata not in storages]
+    return (reads, writes + made) if made or writes else ([], [])
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the distinct elements of ``tensor``."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0]
+    return math.prod(sizes) * tensor.element_size()

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 LIBRARY = torch.library.Library("laco", "DEF")
+BODIES: dict[str, Callable[..., Any]] = {}
 
 
 def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register ``laco::<schema>`` with its body and its fake."""
     name = schema.partition("(")[0]
+    BODIES[name] = body
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, body, key)
@@ -32,7 +34,19 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> N
 
 def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give ``laco::<name>`` its derivative, and ``laco::<name>_backward`` a refusal to be differentiated."""
-    torch.library.register_autograd(f"laco::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+    def prepare(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        # Else every backward pass would fill a tensor of zeros for the pre-activation.
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        setup_context(ctx, inputs, output)
+
+    def differentiated(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+        if grad is None:
+            return tuple([None] * len(needs) if isinstance(needs, (list, tuple)) else None for needs in ctx.needs_input_grad)
+        return backward(ctx, grad)
+
+    torch.library.register_autograd(f"laco::{name}", differentiated, setup_context=prepare, lib=LIBRARY)
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
@@ -50,7 +64,7 @@ def run_forward(
     xs = tensors[0]
     x = xs if isinstance(xs, torch.Tensor) else xs[0]
     tokens = options["windows"].num_windows if "windows" in options else x.shape[1] - options["prefix_tokens"]
-    module = select.load(impl, name, x, x.shape[0] * tokens)
+    module = select.load(impl, name, "forward", x, x.shape[0] * tokens)
     y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
     return y, pre if save else y.new_empty(0)
 
@@ -60,7 +74,7 @@ def run_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Run ``<name>_backward`` of an implementation on what :func:`run_forward` saved."""
     pre = saved[1]
-    module = select.load(impl, name, pre, pre.shape[0] * pre.shape[1])
+    module = select.load(impl, name, "backward", pre, pre.shape[0] * pre.shape[1])
     # Gradients arrive expanded and sliced.
     return present(getattr(module, f"{name}_backward")(grad.contiguous(), *saved, needs, **options), pre)
 

@@ -166,7 +166,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(x, output[1], weight1, weight2)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:5])
     gradients = torch.ops.laco.patch_merge_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
     return *library.asked_for(gradients, needs), *[None] * (len(ctx.settings) + 1)

@@ -118,7 +118,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(x, output[1], weight)
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.laco.strided_conv_gelu_backward(grad, *ctx.saved_tensors, *ctx.settings, needs)
     return *library.asked_for(gradients, needs), *[None] * (len(ctx.settings) + 1)

@@ -1,0 +1,184 @@
+"""Deliberate faults, one at a time: each must turn a test red. ``make faults`` runs them all.
+
+``python -m tests.faults [part of a name]`` copies ``src`` to a temporary folder, breaks one thing there and runs tests on it.
+A new fault is a line below: what is broken, what text of it is replaced, and which tests must pass without it and fail with it,
+by an assertion.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CASES = "tests/kernels/test_kernels.py -k test_cases"
+TILES = "tests/kernels/test_kernels.py -k 'test_many_tiles and (patch_merge or strided_conv)'"
+CONV_TILES = "tests/kernels/test_kernels.py -k 'test_many_tiles and strided_conv'"
+FAR = "tests/kernels/test_kernels.py -k test_strides_beyond"
+AROUND = "tests/kernels/test_kernels.py -k test_nothing_is_read"
+SUMS = "tests/kernels/test_kernels.py -k test_blocks_are_summed"
+RANGE = "tests/kernels/test_kernels.py -k 'test_activations and triton'"
+MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
+
+FILES = dict.fromkeys(("split", "gelu_backward", "join"), "kernels/pointwise.py")
+FILES |= {name: f"kernels/{name}.py" for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused")}
+FILES |= {name: f"{name}.py" for name in ("reference", "geometry")}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change to one kernel or module, and the tests that must notice it."""
+
+    where: str
+    what: str
+    old: str
+    new: str
+    tests: str = CASES
+
+    def __str__(self):
+        return f"{self.where}: {self.what}"
+
+
+FAULTS = [
+    Fault("gathered_gemm", "a tap's row and column change places",
+        "+ i_tap // RATIO\n    x = i_q % out_width * RATIO + i_tap % RATIO",
+        "+ i_tap % RATIO\n    x = i_q % out_width * RATIO + i_tap // RATIO"),
+    Fault("gathered_gemm", "the image's last column is taken for padding", "(x < width)", "(x < width - 1)"),
+    Fault("gathered_gemm", "windows are counted as patches", "y = i_q // out_width", "y = i_q // width"),
+    Fault("gathered_gemm", "block order does not skip the prefix", "prefix + i_q * RATIO * RATIO", "i_q * RATIO * RATIO"),
+    Fault("gathered_gemm", "padding counts in the mean", "return rows * columns", "return rows * columns * 0 + RATIO * RATIO"),
+    Fault("gathered_gemm", "a row of padding counts in the mean", "tl.minimum(height - i_q", "tl.minimum(height + 1 - i_q"),
+    Fault("gathered_gemm", "every block meets the first's weights", "(i_source * TAPS + i_tap) * channels", "i_tap * channels"),
+    Fault("gathered_gemm", "a channel too many of tokens", "m_a &= (o_c < channels)", "m_a &= (o_c <= channels)", AROUND),
+    Fault("gathered_gemm", "a channel too many of weights", "m_w &= (o_c < channels)", "m_w &= (o_c <= channels)", AROUND),
+    Fault("gathered_gemm", "the last column is left out", "o_m < M, o_n < N", "o_m < M, o_n < N - 1"),
+    Fault("gathered_gemm", "a column too many", "o_m < M, o_n < N", "o_m < M, o_n <= N"),
+    Fault("gathered_gemm", "a row too many", "o_m < M, o_n < N", "o_m <= M, o_n < N", MEMORY),
+    Fault("gathered_gemm", "padding is scattered", "m_tile &= m_inside", "m_tile &= m_inside | True", MEMORY),
+    Fault("gathered_gemm", "the bias is left out", "b_acc += tl.load(p_bias", "b_acc += 0.0 * tl.load(p_bias"),
+    Fault("gathered_gemm", "half of the pre-activation is saved", "b_acc.to(p_pre.dtype", "(b_acc * 0.5).to(p_pre.dtype"),
+    Fault("gathered_gemm", "GELU's derivative is left out", "b_acc * b_slope", "b_acc"),
+    Fault("gathered_gemm", "GELU's derivative is kept as GELU", "b_act.to(p_act.dtype", "b_slope.to(p_act.dtype"),
+    Fault("gathered_gemm", "row tiles overwrite each other's sums", "p_partial + i_m.to(tl.int64) * N", "p_partial", TILES),
+    Fault("gathered_gemm", "row tiles overwrite the first one", "o_first = i_m.to(tl.int64)", "o_first = 0", TILES),
+    Fault("gathered_gemm", "groups of row tiles overlap", "i_program // in_group * GROUP_M", "i_program // in_group", TILES),
+    Fault("gathered_gemm", "the last group of row tiles is a full one", "tl.minimum(tiles_m - first_m, GROUP_M)", "GROUP_M",
+        CONV_TILES),
+    Fault("gathered_gemm", "columns are scattered channel by channel", "o_n // channels_out, o_n % channels_out",
+        "o_n % (RATIO * RATIO), o_n // (RATIO * RATIO)"),
+    Fault("gathered_gemm", "the residual's gradient is left out", "b_acc += b_g", "b_acc += 0.0 * b_g"),
+    Fault("gathered_gemm", "the residual's gradient is the prefix's", "(res_prefix + i_q)[:", "i_q[:"),
+    Fault("gathered_gemm", "the gradient of a wrong channel group", "o_group = (o_n // (RATIO * RATIO))", "o_group = o_c"),
+    Fault("gathered_gemm", "a wrong channel group", "o_s // N, o_s % N", "o_s % (RATIO * RATIO), o_s // (RATIO * RATIO)"),
+    Fault("gathered_gemm", "the residual is of one tap", "i_tap, o_c = o_n * 0 + i, o_n", "i_tap, o_c = o_n * 0, o_n"),
+    Fault("gathered_gemm", "the output is written over the prefix", "(out_prefix + i_q)[:", "i_q[:"),
+    Fault("gathered_gemm", "images in 32 bits", "i_b = (o_m // rows).to(tl.int64)", "i_b = o_m // rows", FAR),
+    Fault("gathered_gemm", "tokens in 32 bits", "i_token.to(tl.int64) * stride_at", "i_token * stride_at", FAR),
+    Fault("gathered_gemm", "channels in 32 bits", "[None, :].to(tl.int64) * stride_ac", "[None, :] * stride_ac", FAR),
+    Fault("gathered_gemm", "weights in 32 bits", "o_n[None, :].to(tl.int64) * stride_wn", "o_n[None, :] * stride_wn", FAR),
+    Fault("gathered_gemm", "the residual in 32 bits", "i_token.to(tl.int64) * stride_rt +", "i_token * stride_rt +", FAR),
+    Fault("split", "taps are written channel by channel",
+        "(o_m[:, None].to(tl.int64) * (RATIO * RATIO) + i_tap) * channels + o_c[None, :]\n            tl.store(p_s",
+        "(o_m[:, None].to(tl.int64) * channels + o_c[None, :]) * (RATIO * RATIO) + i_tap\n            tl.store(p_s"),
+    Fault("split", "padding is not zero", "m_inside[:, None], other=0.0", "m_inside[:, None], other=1.0"),
+    Fault("split", "padding counts in the mean", "b_r /= real_tokens(i_q, height", "b_r /= real_tokens(i_q * 0, height"),
+    Fault("split", "a wrong channel group", "(o_k // channels)[None, :]", "(o_k % (RATIO * RATIO))[None, :]"),
+    Fault("split", "the bias is left out", "b_r += tl.load(p_bias", "b_r += 0.0 * tl.load(p_bias"),
+    Fault("split", "the residual is written over the prefix", "stride_rb + (out_prefix + i_q)", "stride_rb + i_q"),
+    Fault("split", "tokens in 32 bits", "i_token[:, None].to(tl.int64) * stride_xt", "i_token[:, None] * stride_xt", FAR),
+    Fault("split", "a channel too many", "(o_c < channels)[None, :]\n    b_r", "(o_c <= channels)[None, :]\n    b_r", MEMORY),
+    Fault("gelu_backward", "GELU instead of its derivative", "* b_slope", "* b_act"),
+    Fault("gelu_backward", "GELU's derivative is kept as GELU", "b_act.to(p_act", "b_slope.to(p_act"),
+    Fault("gelu_backward", "row tiles overwrite each other's sums", "p_partial + i_m.to(tl.int64) * N", "p_partial"),
+    Fault("gelu_backward", "every row has the first one's gradient", "stride_gb + i_q", "stride_gb + (i_q * 0)"),
+    Fault("gelu_backward", "a column of sums too many", "mask=o_n < N", "mask=o_n <= N", MEMORY),
+    Fault("join", "the residual's gradient is left out", "b_x += b_g", "b_x += 0.0 * b_g"),
+    Fault("join", "padding counts in the mean", "b_g /= real_tokens(i_q, height", "b_g /= real_tokens(i_q * 0, height"),
+    Fault("join", "the gradient of a wrong channel group", "((i_tap * channels + o_c) // (RATIO * RATIO))", "o_c"),
+    Fault("join", "the residual's gradient is the prefix's", "(g_prefix + i_q)", "i_q"),
+    Fault("join", "taps are read backwards", "+ i_tap) * channels + o_c[None, :]\n        b_x",
+        "+ RATIO * RATIO - 1 - i_tap) * channels + o_c[None, :]\n        b_x"),
+    Fault("join", "padding is written", "mask=m_tile & m_inside[:, None])\n", "mask=m_tile)\n", MEMORY),
+    Fault("activation", "erf of x itself", "tl.math.erf(x * 0.7071067811865476)", "tl.math.erf(x)", RANGE),
+    Fault("activation", "two digits of a coefficient of the cheap Phi", "0.254829592", "0.26", RANGE),
+    Fault("activation", "three digits of a coefficient of tanh", "0.044715 * x * x * x", "0.0447 * x * x * x", RANGE),
+    Fault("activation", "tanh overflows", "tl.exp(-tl.abs(inner))", "tl.exp(-inner)", RANGE),
+    Fault("activation", "half of the derivative of erf", "phi + x * density", "phi", RANGE),
+    Fault("activation", "a cube's derivative without its three", "0.134145", "0.044715", RANGE),
+    Fault("launch", "erf where tanh was asked for", 'ERF if approximate == "none" else TANH', "ERF"),
+    Fault("common", "every block's weights have the first one's gradient", "outer(dpre, x[:", "outer(dpre, xs[0][:"),
+    Fault("composite", "the second bias is left out", "            bias2,\n", "            None,\n"),
+    Fault("composite", "the prefix has no gradient", "dx[:, :prefix] = grad[:, :prefix]", "dx[:, :prefix] = 0"),
+    Fault("composite", "blocks are summed in half", "wide = accumulator_torch(xs[0].dtype)", "wide = weight.dtype", SUMS),
+    Fault("fused", "the prefix is read as patches", "prefix=prefix,\n        gather=", "prefix=0,\n        gather="),
+    Fault("fused", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0"),
+    Fault("fused", "block order is scattered in raster order", "scatter=GATHER[layout]", "scatter=RASTER"),
+    Fault("reference", "padding counts in the mean", "tokens.sum(2) / windows.split(ones).sum(2)", "tokens.mean(2)", REFERENCE),
+    Fault("reference", "the residual has no gradient", "dmerged = dmerged + residual_backward", "residual_backward", REFERENCE),
+    Fault("reference", "a wrong channel group", "repeat_interleave(area, dim=-1)", "repeat(1, 1, area)", REFERENCE),
+    Fault("geometry", "a tap's row and column change places", "height, r, width, r, channels).transpose(2, 3)",
+        "height, r, width, r, channels).permute(0, 1, 3, 4, 2, 5)", GEOMETRY),
+    Fault("geometry", "padding at the top left", "(0, 0, 0, right, 0, bottom)", "(0, 0, right, 0, bottom, 0)", GEOMETRY),
+    Fault("geometry", "block order is not undone", "(height, width, r, r)", "(height, r, width, r)", GEOMETRY),
+]  # fmt: skip
+
+# An installed package may come before the broken copy: the run says which one it imported.
+RUN = """
+import sys, pytest
+code = pytest.main(sys.argv[2:])
+found = sys.modules["laco_kernels"].__file__
+sys.exit(70 + code if found.startswith(sys.argv[1]) else f"imported {found}, expected the copy in {sys.argv[1]}")
+"""
+
+
+def run(folder, tests):
+    """Run tests on the package in ``folder``; return pytest's exit code, the first failure and the seconds."""
+    env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}  # wide: ids are long
+    env |= {"CUDA_VISIBLE_DEVICES": "", "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis"}
+    command = [sys.executable, "-c", RUN, folder, "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - begin
+    if 0 <= done.returncode < 70:
+        raise SystemExit(f"{tests} did not run:\n{done.stdout}{done.stderr}")
+    failure = re.search(r"^(?:FAILED|ERROR) (.*)", done.stdout, re.MULTILINE)
+    return done.returncode - 70, failure[1] if failure else f"exit code {done.returncode}", seconds
+
+
+def main(part=""):
+    """Run the faults whose names contain ``part``; return how many did not turn a test red."""
+    chosen = [fault for fault in FAULTS if part in str(fault)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = os.path.realpath(folder)
+        shutil.copytree(ROOT / "src", folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        for tests in dict.fromkeys(fault.tests for fault in chosen):
+            code, failure, seconds = run(folder, tests)
+            if code:
+                raise SystemExit(f"{tests} is red without a fault: {failure}")
+            print(f"      {seconds:5.1f} s  without a fault: {tests}", flush=True)
+        for fault in chosen:
+            file = Path(folder, "laco_kernels", FILES[fault.where])
+            text = file.read_text()
+            if text.count(fault.old) != 1:
+                raise SystemExit(f"{fault}: found {fault.old!r} {text.count(fault.old)} times in {file.name}, expected once")
+            file.write_text(text.replace(fault.old, fault.new))
+            code, failure, seconds = run(folder, fault.tests)
+            file.write_text(text)
+            red = code == 1 and re.search(r" - (AssertionError|assert )", failure)
+            verdict = "red" if red else "GREEN" if code == 0 else "OTHER"
+            missed += verdict != "red"
+            first = failure.partition(" - ")[0] if red else failure
+            print(f"{verdict:5} {seconds:5.1f} s  {fault}\n               {first}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults turned a test red")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]) > 0)
