@@ -3,21 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PY ?= $(BIN)/python
 JOBS ?= 2  # processes that tests run in
 TRITON ?= 3.6.0  # the oldest version supported, which torch 2.11 brings
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: demo test lint format clean fuzz faults gpu-test test-triton resources
+.PHONY: demo test lint format clean fuzz gpu faults gpu-test test-triton resources
 
 demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper, on a real photo
 	$(BIN)/laco bench vec --out demo
 
 test: $(READY)
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup -p no:benchmark
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 test-triton: .venv-triton-$(strip $(TRITON))/.ready  ## the kernels' tests with another Triton, in an environment of its own
-	$(<D)/bin/pytest tests/kernels -n $(JOBS) --dist loadgroup -p no:benchmark
+	$(<D)/bin/pytest tests/kernels -n $(JOBS) --dist loadgroup
 
 fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU; keeps the statistics
 	$(BIN)/laco env | sed '/^$$/,$$d' > fuzz.log
@@ -30,6 +31,9 @@ faults: $(READY)  ## every kernel broken on purpose, one fault at a time; each m
 resources: $(READY)  ## registers and shared memory of every kernel, compiled ahead of time
 	$(BIN)/python -m laco_kernels.kernels.resources > resources.part
 	mv resources.part benchmarks/results/kernel-resources.json
+
+gpu: $(READY)  ## everything a newly available GPU should do, in nine minutes: tests, measurements, selection table
+	$(PY) benchmarks/gpu.py $(GPU)
 
 gpu-test: $(READY)  ## what only a GPU can show, and the kernels' tests compiled
 	$(BIN)/pytest tests/gpu tests/kernels

@@ -15,6 +15,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several processes 
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 SLOW = [HealthCheck.too_slow]  # on a busy machine
+settings.register_profile("quick", deadline=None, max_examples=2, suppress_health_check=SLOW)
+settings.register_profile("gpu", deadline=None, max_examples=25, suppress_health_check=SLOW)  # each shape compiles anew
 settings.register_profile("default", deadline=None, max_examples=84, suppress_health_check=SLOW)
 settings.register_profile(
     "fuzz", deadline=None, max_examples=1700, suppress_health_check=SLOW

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from laco_kernels.bench import page
+from laco_kernels.bench.results import device_folders
+from laco_kernels.cli.publish import END, START
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -37,3 +41,10 @@ def test_the_table_is_the_recorded_one():
     assert [line for line in section[2].splitlines() if line.startswith("|")] == rows
     machine = re.search(r"^Measured on .*$", recorded, re.MULTILINE)[0]
     assert machine in section[2]
+
+
+def test_the_performance_section_is_the_one_that_laco_report_writes():
+    section = README.partition(f"{START}\n")[2].partition(f"\n{END}")[0]
+    assert section == page.readme_section(device_folders(ROOT / "benchmarks" / "results")), (
+        "run `laco report --readme README.md`"
+    )

@@ -35,10 +35,10 @@ def test_a_spent_budget_still_gives_five_rounds():
 
 
 def test_spread_and_paired_ratio():
-    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == timing.Spread(3.5, 2.0, 5.0)
-    assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0)
+    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == timing.Spread(3.5, 2.0, 5.0, 1.0, 6.0, 6)
+    assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0, 7.0, 7.0, 1)
     # A machine that gets slower by the round changes no ratio of a round.
-    assert timing.paired_ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == timing.Spread(2.0, 2.0, 2.0)
+    assert timing.paired_ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == timing.Spread(2.0, 2.0, 2.0, 2.0, 2.0, 3)
 
 
 def test_milliseconds_are_milliseconds():

@@ -83,3 +83,10 @@ def test_more_than_two_to_the_thirty_first_elements(impl):
     x[-1] = inputs["x"][0]
     with torch.no_grad():
         assert torch.equal(case({**inputs, "x": x}, impl)[-1], small(inputs, impl)[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_tensors_on_another_than_the_current_device(case, impl):
+    assert not [row for row in testing.check_case(case, impl, torch.float32, "cuda:1") if not row.ok]

@@ -24,6 +24,19 @@ PAPER_MS: dict[str, dict[Fraction, float]] = {
     "internvit-300m-448": {Fraction(1, 4): 43.4, Fraction(1): 107.6},
 }
 
+# Inference throughput of the whole multimodal model, the column "TPS" (LaCo, Tables 4 and 8).
+PAPER_TPS: dict[str, dict[Fraction, float]] = {
+    "aimv2-l-336": {
+        Fraction(1, 12): 28.2,
+        Fraction(1, 6): 27.7,
+        Fraction(1, 4): 27.4,
+        Fraction(1, 2): 26.3,
+        Fraction(1): 24.0,
+    },
+    "siglip-so400m-384": {Fraction(1, 4): 24.0, Fraction(1): 18.0},
+    "internvit-300m-448": {Fraction(1, 4): 25.5, Fraction(1): 19.0},
+}
+
 
 def encoder_names() -> list[str]:
     """Return the names of the encoders whose architecture the package carries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,19 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 20th and 80th percentile of a sample."""
+    """A sample in five numbers, and its size."""
 
     median: float
     p20: float
     p80: float
+    low: float  # the 95 % confidence interval of the median, from ranks alone
+    high: float
+    rounds: int
 
 
 def spread(sample: Sequence[float]) -> Spread:
     """Summarise ``sample``, which must not be empty."""
-    if len(sample) == 1:
-        return Spread(sample[0], sample[0], sample[0])
-    fifths = statistics.quantiles(sample, n=5, method="inclusive")
-    return Spread(statistics.median(sample), fifths[0], fifths[3])
+    ordered, n = sorted(sample), len(sample)
+    fifths = statistics.quantiles(ordered, n=5, method="inclusive") if n > 1 else ordered * 4
+    reach = 1.96 * math.sqrt(n) / 2  # binomial, normal approximation
+    low, high = ordered[max(math.floor(n / 2 - reach), 0)], ordered[min(math.ceil(n / 2 + reach), n - 1)]
+    return Spread(statistics.median(ordered), fifths[0], fifths[3], low, high, n)
 
 
 def paired_ratio(baseline: Sequence[float], sample: Sequence[float]) -> Spread:

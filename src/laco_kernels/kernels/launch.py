@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,12 @@ def launch(
     On the meta device nothing runs.
     """
     announce(reads, writes)
-    if not any(tensor is not None and tensor.is_meta for tensor in writes):
+    device = next(tensor.device for tensor in writes if tensor is not None)
+    if device.type == "meta":
+        return
+    # Triton launches on the current device, whatever device its arguments are on.
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
         kernel[programs](**arguments)
 
 

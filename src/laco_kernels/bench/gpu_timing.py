@@ -1,0 +1,122 @@
+"""Timing what takes microseconds: by clock on a processor; cold caches and replayed graphs on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laco_kernels.bench.timing import between, milliseconds, stamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+WALL, COLD, GRAPH = "wall", "cold", "graph"
+REPLAY_MS = 1.0  # a replayed graph holds as many calls as fit into about this
+FLUSH_BYTES = 256 * 2**20  # more than any L2 cache holds
+
+
+class Replay:
+    """Some calls in a row, captured as one CUDA graph; ``milliseconds`` is the time of one of them."""
+
+    def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
+        """Capture what ``make`` returns; it is made on the stream that captures, where its backward pass then runs too."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call = make()
+            for _ in range(3):
+                call()
+            side.synchronize()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(side)
+            call()
+            stop.record(side)
+            side.synchronize()
+            self.calls = min(max(round(REPLAY_MS / max(start.elapsed_time(stop), 1e-3)), 1), 50)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side):
+            for _ in range(self.calls):
+                call()
+        self.kept = call  # what the graph reads must live as long as it does
+
+    def milliseconds(self, device: torch.device) -> float:
+        """Replay once."""
+        return milliseconds(self.graph.replay, device) / self.calls
+
+
+class Clock:
+    """How one variant is timed on one device: every kind of time it has, in microseconds."""
+
+    def __init__(self, make: Callable[[], Callable[[], object]], device: torch.device) -> None:
+        self.device = device
+        self.replay: Replay | None = None
+        self.reason: str | None = None
+        if device.type == "cuda":
+            try:
+                self.replay = Replay(make)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what synchronises cannot be captured
+                self.reason = str(error).partition("\n")[0]
+                torch.cuda.synchronize(device)
+        self.call = make()
+        for _ in range(2):
+            self.call()
+
+    def round(self, flush: torch.Tensor | None) -> dict[str, float]:
+        """Take every kind of time once."""
+        if flush is None:
+            return {WALL: 1e3 * milliseconds(self.call, self.device)}
+        taken = {}
+        if self.replay is not None:
+            taken[GRAPH] = 1e3 * self.replay.milliseconds(self.device)
+        flush.zero_()
+        start = stamp(self.device)
+        self.call()
+        taken[COLD] = 1e3 * between(start, stamp(self.device))
+        return taken
+
+
+def rounds_of(
+    clocks: Mapping[str, Clock], device: torch.device, *, rounds: int | None, seconds: float
+) -> dict[str, dict[str, list[float]]]:
+    """Time the variants in turn, round after round; microseconds by variant and kind.
+
+    ``rounds`` of them, or as many as ``seconds`` allow: at least 5, at most 200. Every other round goes backwards, so that
+    what runs before a variant does not always do so.
+    """
+    flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in clocks}
+    begin = time.perf_counter()
+    least, most = (rounds, rounds) if rounds is not None else (5, 200)
+    for i in range(most):
+        if i >= least and time.perf_counter() - begin > seconds:
+            break
+        order = list(clocks.items())
+        for name, clock in order if i % 2 == 0 else reversed(order):
+            for kind, value in clock.round(flush).items():
+                samples[name].setdefault(kind, []).append(value)
+    return samples
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure what this device reaches: a large matrix product in TFLOP/s, a large copy in GB/s read and written."""
+    on_gpu = device.type == "cuda"
+    n, count = (8192, 2**29) if on_gpu else (1024, 2**25)
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    source = torch.empty(count, device=device, dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    product = _best(lambda: torch.mm(left, right, out=out), device)
+    copy = _best(lambda: target.copy_(source), device)
+    return {"tflops": 2 * n**3 / product / 1e9, "gbs": 2 * count / copy / 1e6}
+
+
+def _best(call: Callable[[], Any], device: torch.device) -> float:
+    for _ in range(3):
+        call()
+    return statistics.median(milliseconds(call, device) for _ in range(15))

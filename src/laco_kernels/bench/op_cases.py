@@ -1,0 +1,141 @@
+"""What ``laco bench ops`` measures: the operators on the shapes of the papers' encoders, and what is hoped for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from laco_kernels.geometry import Windows
+from laco_kernels.testing import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Grid in patches, tokens before it, width.
+ENCODERS: dict[str, tuple[tuple[int, int], int, int]] = {
+    "aimv2-l-224": ((16, 16), 0, 1024),
+    "aimv2-l-336": ((24, 24), 0, 1024),
+    "aimv2-l-448": ((32, 32), 0, 1024),
+    "siglip-so400m-384": ((27, 27), 0, 1152),
+    "internvit-300m-448": ((32, 32), 1, 1024),
+    "clip-l-336": ((24, 24), 1, 1024),
+}
+BATCHES = (1, 4, 16, 64)
+DIRECTIONS = ("forward", "backward", "both")
+MERGE, CONV, FUSION = "patch_merge", "strided_conv_gelu", "multi_block_linear_gelu"
+BLOCKS = 8  # encoder blocks that MBTF fuses
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One operator on one shape in one direction.
+
+    ``hidden`` is the width that the first product makes: the merge layer's hidden width, or the operator's output.
+    """
+
+    op: str
+    encoder: str
+    grid: tuple[int, int]
+    prefix: int
+    channels: int
+    hidden: int
+    batch: int
+    direction: str
+    dtype: str
+    sweep: str | None = None
+
+    @property
+    def windows(self) -> Windows:
+        """How the tokens fall into 2 x 2 windows."""
+        return Windows(self.grid, 2, self.prefix, pad=True)
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the first product makes, over the batch."""
+        tokens = self.windows.num_patches if self.op == FUSION else self.windows.num_windows
+        return self.batch * tokens
+
+    @property
+    def case(self) -> Case:
+        """The same for :mod:`laco_kernels.testing`, which draws its tensors and calls the operator."""
+        options: dict[str, Any] = {"prefix_tokens": self.prefix}
+        sizes = {"batch": self.batch, "channels": self.channels}
+        if self.op == FUSION:
+            tokens = self.windows.num_tokens
+            return Case(self.op, {**sizes, "tokens": tokens, "blocks": BLOCKS, "out": self.hidden}, options)
+        options |= {"grid": self.grid, "pad": not self.windows.is_even}
+        return Case(self.op, {**sizes, "hidden" if self.op == MERGE else "out": self.hidden}, options)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of inputs that need no gradient: STF's authors train behind a frozen encoder."""
+        return tuple(f"xs[{i}]" for i in range(BLOCKS)) if self.op == FUSION else ()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The case as it stands in a results file."""
+        names = ("op", "encoder", "batch", "channels", "hidden", "direction", "dtype")
+        facts = {**{name: getattr(self, name) for name in names}, "grid": list(self.grid)}
+        return {**facts, "sweep": self.sweep} if self.sweep else facts
+
+    @property
+    def goal(self) -> dict[str, Any] | None:
+        """How many times faster than torch.compile our best is to be on an H200 in bfloat16, where that was set."""
+        if self.dtype != "bfloat16" or self.sweep:
+            return None
+        key = (self.op, self.encoder, self.batch, self.hidden // self.channels, self.direction)
+        return {"ratio": GOALS[key], "against": "compile"} if key in GOALS else None
+
+    def __str__(self) -> str:
+        grid = f"{self.grid[0]}x{self.grid[1]}"
+        name = f"sweep-{self.sweep}" if self.sweep else self.encoder
+        return f"{self.op} {name} grid={grid} batch={self.batch} hidden={self.hidden} {self.direction} {self.dtype}"
+
+
+GOALS: dict[tuple[str, str, int, int, str], float] = {
+    (MERGE, "aimv2-l-336", 1, 4, "forward"): 1.4,
+    (MERGE, "aimv2-l-336", 16, 4, "forward"): 1.12,
+    (MERGE, "aimv2-l-336", 64, 4, "forward"): 1.12,
+    (MERGE, "aimv2-l-336", 64, 1, "forward"): 1.35,
+    (MERGE, "aimv2-l-336", 64, 4, "both"): 1.08,
+    (MERGE, "aimv2-l-336", 64, 1, "both"): 1.2,
+    (FUSION, "clip-l-336", 1, 4, "forward"): 1.10,
+    (FUSION, "clip-l-336", 64, 4, "forward"): 1.10,
+    (CONV, "clip-l-336", 1, 4, "forward"): 1.05,
+    (CONV, "clip-l-336", 64, 4, "forward"): 1.05,
+}
+
+
+def _make(op: str, encoder: str, batch: int, factor: int, direction: str, dtype: str) -> OpCase:
+    grid, prefix, channels = ENCODERS[encoder]
+    return OpCase(op, encoder, grid, prefix, channels, factor * channels, batch, direction, dtype)
+
+
+def op_cases(dtype: str) -> list[OpCase]:
+    """Return every case, the most telling first: those with a goal, then the papers' encoders, then the rest."""
+    keys = list(GOALS)
+    for direction in DIRECTIONS:
+        for encoder in ("aimv2-l-336", *[name for name in ENCODERS if name != "aimv2-l-336"]):
+            keys += [(MERGE, encoder, batch, factor, direction) for batch in BATCHES for factor in (1, 4)]
+        keys += [(op, "clip-l-336", batch, 4, direction) for op in (CONV, FUSION) for batch in BATCHES]
+    return [_make(*key, dtype) for key in dict.fromkeys(keys)]
+
+
+def sweep_cases(dtype: str) -> list[OpCase]:
+    """Return the merge layer over growing images and growing batches."""
+    tokens = [OpCase(MERGE, "-", (n, n), 0, 1024, 1024, 4, "forward", dtype, "tokens") for n in (14, 16, 24, 32, 48, 64)]
+    batches = [OpCase(MERGE, "-", (24, 24), 0, 1024, 1024, n, "forward", dtype, "batch") for n in (1, 2, 4, 8, 16, 32, 64)]
+    return tokens + batches
+
+
+def tiny(cases: Iterable[OpCase]) -> list[OpCase]:
+    """Return the cases at a size that a processor computes in no time, to try the command."""
+    small: dict[OpCase, None] = {}
+    for case in cases:
+        grid = (case.grid[0] // 8 * 2 + case.grid[0] % 2, case.grid[1] // 8 * 2 + case.grid[1] % 2)
+        widths = {"channels": 16, "hidden": 16 * (case.hidden // case.channels)}
+        shrunk = OpCase(
+            **{**vars(case), **widths, "grid": grid, "batch": min(case.batch, 4), "encoder": f"tiny-{case.encoder}"}
+        )
+        small[shrunk] = None
+    return list(small)

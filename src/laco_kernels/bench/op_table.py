@@ -1,0 +1,53 @@
+"""The rows of ``laco bench ops`` in a terminal of 80 columns: a table a case."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from laco_kernels.bench.gpu_timing import COLD, GRAPH, WALL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from laco_kernels.bench.results import Row
+
+
+def tables(rows: Iterable[Row]) -> list[Table]:
+    """Return a table for every case, in the order of ``rows``."""
+    groups = groupby(rows, key=lambda row: json.dumps(row.case))
+    return [_table(list(group)) for _, group in groups]
+
+
+def _table(rows: list[Row]) -> Table:
+    case = rows[0].case
+    grid = "x".join(map(str, case["grid"]))
+    title = f"{case['op']} {case['encoder']} {grid} batch={case['batch']} hidden={case['hidden']}"
+    table = Table(title=f"{title} {case['direction']} {case['dtype']}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    kinds = [kind for kind in (GRAPH, COLD, WALL) if any(kind in row.values["timings"] for row in rows)]
+    for name in ("variant", *[f"{kind} us" for kind in kinds], "eager", "compile", "roof", "MB", "ok"):
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
+    for row in rows:
+        values = row.values
+        tick = {True: "yes", False: "NO", None: "-"}[values["ok"]]
+        name = row.variant.replace("max-autotune", "max")
+        ratios = [_ratio(values[column]) for column in ("ratio_eager", "ratio_compile")]
+        roof = "-" if values["roofline"] is None else f"{values['roofline']:.0%}"
+        moved = "-" if values["bytes"] is None else f"{values['bytes'] / 1e6:.3g}"
+        table.add_row(name, *[_time(values["timings"].get(kind)) for kind in kinds], *ratios, roof, moved, tick)
+    return table
+
+
+def _time(spread: dict[str, Any] | None) -> str:
+    if spread is None:
+        return "-"
+    median = spread["median"]
+    form = "{:.0f}" if median >= 100 else "{:.1f}"
+    return form.format(median) + f" ({form.format(spread['p20'])}-{form.format(spread['p80'])})"
+
+
+def _ratio(spread: dict[str, Any] | None) -> str:
+    return "-" if spread is None else f"{spread['median']:.2f}x"

@@ -1,0 +1,133 @@
+"""Who competes in ``laco bench ops``: every way of computing one operator that an engineer would consider."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from laco_kernels import reference
+from laco_kernels.bench.op_cases import CONV, FUSION, MERGE
+from laco_kernels.kernels import select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from laco_kernels.bench.op_cases import OpCase
+
+    Tensors = dict[str, torch.Tensor]
+    Function = Callable[[Tensors], torch.Tensor]
+
+EAGER, CONVOLUTION, COMPILE, AUTOTUNE, PRODUCTS = "eager", "eager-conv", "compile", "compile-max-autotune", "products"
+OURS = ("composite", "triton", "cuda")
+VARIANTS = (EAGER, CONVOLUTION, COMPILE, AUTOTUNE, *OURS, PRODUCTS)
+MODES = {COMPILE: "default", AUTOTUNE: "max-autotune-no-cudagraphs"}
+
+
+def unavailable(variant: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why ``variant`` cannot be timed on ``device``, or ``None`` where it can."""
+    if variant not in OURS:
+        return None
+    if select.interpreted():
+        return "Triton's interpreter is there to check kernels, its time says nothing"
+    return select.unavailable(variant, device, dtype)
+
+
+def function(case: OpCase, variant: str) -> Function:
+    """Return ``variant`` as a function from the named tensors of ``case`` to the output; not for ``products``."""
+    if variant in OURS:
+        return lambda tensors: case.case(tensors, variant)
+    plain = functools.partial(_convolution if variant == CONVOLUTION else _eager, case)
+    if variant in MODES:
+        compiled = torch.compile(lambda *tensors: plain(*tensors), fullgraph=True, dynamic=False, mode=MODES[variant])
+        return lambda tensors: compiled(*tensors.values())
+    return lambda tensors: plain(*tensors.values())
+
+
+def _eager(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
+    """The operator as its paper describes it, in plain PyTorch."""
+    if case.op == MERGE:
+        x, weight1, bias1, weight2, bias2 = tensors
+        return reference.patch_merge_forward(x, weight1, bias1, weight2, bias2, windows=case.windows)[0]
+    *xs, weight, bias = tensors
+    if case.op == CONV:
+        return reference.strided_conv_gelu_forward(xs[0], weight, bias, windows=case.windows)[0]
+    return reference.multi_block_linear_gelu_forward(xs, weight, bias, prefix_tokens=case.prefix)[0]
+
+
+def _convolution(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
+    """The same with ``F.conv2d`` on channels-last images, as the authors of STF write it."""
+    if case.op == FUSION:
+        *xs, weight, bias = tensors
+        image = torch.cat([_image(case, x) for x in xs], dim=1)
+        return F.gelu(_tokens(F.conv2d(image, weight[:, :, None, None], bias)))
+    x, weight, bias, *second = tensors
+    image = _image(case, x)
+    bottom, right = case.windows.padding
+    padded = F.pad(image, (0, right, 0, bottom)) if bottom or right else image
+    kernel = weight.view(weight.shape[0], 2, 2, case.channels).permute(0, 3, 1, 2)
+    y = F.gelu(_tokens(F.conv2d(padded, kernel, bias, stride=2)))
+    if not second:
+        return y
+    pooled = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False)
+    y = F.linear(y, *second) + _tokens(pooled)
+    return torch.cat([x[:, : case.prefix], y], dim=1) if case.prefix else y
+
+
+def _image(case: OpCase, x: torch.Tensor) -> torch.Tensor:
+    return x[:, case.prefix :].unflatten(1, case.grid).permute(0, 3, 1, 2)
+
+
+def _tokens(image: torch.Tensor) -> torch.Tensor:
+    return image.flatten(2).transpose(1, 2)
+
+
+def products(case: OpCase, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """Return the bare matrix products of ``case``, operands and results ready in memory: the floor, not a contender."""
+    shapes = product_shapes(case)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    # A weight gradient is left^T right, the others are left right^T, as cuBLAS gets them from linear layers.
+    work: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for m, n, k, is_outer in shapes:
+        left, right = (draw(k, m).t(), draw(k, n)) if is_outer else (draw(m, k), draw(n, k).t())
+        work.append((left, right, draw(m, n)))
+
+    def run() -> None:
+        for left, right, out in work:
+            torch.mm(left, right, out=out)
+
+    return run
+
+
+def product_shapes(case: OpCase) -> list[tuple[int, int, int, bool]]:
+    """Return ``(m, n, k, whether it is a weight gradient)`` of every product."""
+    area = {MERGE: 4, CONV: 4, FUSION: len(case.frozen)}[case.op] * case.channels
+    layers = [(case.hidden, area)] + ([(case.channels, case.hidden)] if case.op == MERGE else [])
+    found: list[tuple[int, int, int, bool]] = []
+    if case.direction != "backward":
+        found += [(case.rows, out, inner, False) for out, inner in layers]
+    if case.direction != "forward":
+        found += [(out, inner, case.rows, True) for out, inner in layers]
+        found += [(case.rows, inner, out, False) for i, (out, inner) in enumerate(layers) if i or not case.frozen]
+    return found
+
+
+def run(case: OpCase, call: Function, tensors: Tensors, grad: torch.Tensor | None) -> Callable[[], Any]:
+    """Return what is timed: the forward pass, the backward pass behind one forward pass, or both."""
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    if case.direction == "forward":
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return call(tensors)
+
+        return forward
+    if case.direction == "both":
+        return lambda: torch.autograd.grad(call(tensors), leaves, grad)
+    y = call(tensors)
+    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)

@@ -1,0 +1,221 @@
+"""One case of ``laco bench ops``: every variant checked against float64, then timed in turns."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laco_kernels import testing
+from laco_kernels.bench import op_variants
+from laco_kernels.bench.gpu_timing import COLD, GRAPH, WALL, Clock, rounds_of
+from laco_kernels.bench.memory import peak_bytes
+from laco_kernels.bench.op_variants import AUTOTUNE, COMPILE, CONVOLUTION, EAGER, PRODUCTS
+from laco_kernels.bench.timing import paired_ratio, spread
+from laco_kernels.ops.cost import Traffic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from laco_kernels.bench.op_cases import OpCase
+    from laco_kernels.bench.op_variants import Function
+
+EMPTY: dict[str, Any] = {
+    "ok": None, "error": None, "budget": None, "reason": None, "timings": {}, "ratio_eager": None, "ratio_compile": None,
+    "roofline": None, "flops": None, "bytes": None, "least_bytes": None, "peak_bytes": None,
+}  # fmt: skip
+
+
+def measure_case(
+    case: OpCase,
+    device: torch.device,
+    variants: Mapping[str, Function | None],
+    *,
+    ceilings: dict[str, float] | None = None,
+    rounds: int | None = None,
+    seconds: float = 1.0,
+) -> dict[str, dict[str, Any]]:
+    """Measure the variants of one case in one interleaved run.
+
+    Args:
+        case: what to compute.
+        device: where.
+        variants: by name, the functions to compare; ``None`` for the bare products.
+        ceilings: what the device reaches, for the share of the roofline.
+        rounds: rounds to time; by default as many as ``seconds`` allow.
+        seconds: time budget for the rounds.
+
+    Returns:
+        By variant, the ``values`` of a row (:class:`laco_kernels.bench.results.Row`). A variant that failed its check, or ran
+        out of memory, has a ``reason`` and no time.
+    """
+    dtype = getattr(torch, case.dtype)
+    found = {name: {**EMPTY, "goal": case.goal, **_costs(case, name, dtype)} for name in variants}
+    clocks: dict[str, Clock] = {}
+    try:
+        tensors, grad, truth, eager = _reference(case, device, dtype)
+    except torch.OutOfMemoryError:
+        return {name: {**values, "reason": "out of memory for inputs and reference"} for name, values in found.items()}
+    for name, call in variants.items():
+        try:
+            if call is not None:
+                actual = _results(case, call, tensors, grad)
+                found[name] |= _verdict(actual, eager, truth)
+                del actual
+                if not found[name]["ok"]:
+                    found[name]["reason"] = "wrong: further from float64 than twice eager"
+                    continue
+            make = _maker(case, call, tensors, grad, device, dtype)
+            # On a processor tensors are counted as operators return them, which compiled code does not show.
+            if call is not None and (device.type == "cuda" or name not in op_variants.MODES):
+                found[name]["peak_bytes"] = peak_bytes(make(), device)
+            clocks[name] = Clock(make, device)
+        except torch.OutOfMemoryError:
+            found[name]["reason"] = "out of memory"
+            _free(device)
+        except Exception as error:  # one variant that breaks leaves the others their times
+            found[name]["reason"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the GPU is lost to this process
+    del truth, eager
+    _free(device)
+    if not clocks:
+        return found
+    samples = rounds_of(clocks, device, rounds=rounds, seconds=seconds)
+    kind = next(kind for kind in (GRAPH, COLD, WALL) if all(kind in kinds for kinds in samples.values()))
+    for name, kinds in samples.items():
+        found[name]["ratio_kind"] = kind
+        found[name]["timings"] = {kind: asdict(spread(sample)) for kind, sample in kinds.items()}
+        if not clocks[name].replay and device.type == "cuda":
+            found[name]["no_graph"] = clocks[name].reason
+    _compare(found, {name: kinds[kind] for name, kinds in samples.items()}, kind, ceilings)
+    return found
+
+
+def prepare(case: OpCase, device: torch.device, call: Function | None) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Return one variant ready to be timed elsewhere, and its check: ``ok`` (``None`` for products), ``error``, ``budget``."""
+    tensors, grad, truth, eager = _reference(case, device, getattr(torch, case.dtype))
+    verdict: dict[str, Any] = {"ok": None, "error": None, "budget": None}
+    if call is not None:
+        verdict = _verdict(_results(case, call, tensors, grad), eager, truth)
+    return _maker(case, call, tensors, grad, device, getattr(torch, case.dtype))(), verdict
+
+
+def contenders(
+    case: OpCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False
+) -> dict[str, Function | None]:
+    """Return the functions of every variant that can run, or of those in ``wanted``; max-autotune only where asked for."""
+    torch._dynamo.reset()
+    names = [name for name in op_variants.VARIANTS if wanted is None or name in wanted]
+    if not autotune and wanted is None:
+        names.remove(AUTOTUNE)
+    dtype = getattr(torch, case.dtype)
+    able = [name for name in names if op_variants.unavailable(name, device, dtype) is None]
+    return {name: None if name == PRODUCTS else op_variants.function(case, name) for name in able}
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _inputs(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = case.case.inputs(dtype, device)
+    wants = case.direction != "forward"
+    return {name: tensor.requires_grad_(wants and name not in case.frozen) for name, tensor in tensors.items()}
+
+
+def _reference(case: OpCase, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return inputs, output gradient, and what float64 and eager make of them."""
+    tensors = _inputs(case, device, dtype)
+    plain = op_variants.function(case, EAGER)
+    with torch.no_grad():
+        shape = plain(tensors).shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    exact = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
+    truth = _results(case, plain, exact, grad.double())
+    return tensors, grad, truth, _results(case, plain, tensors, grad)
+
+
+def _results(case: OpCase, call: Function, tensors: dict[str, torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output, and behind it the gradients where the case has a backward pass."""
+    if case.direction == "forward":
+        with torch.no_grad():
+            return [call(tensors)]
+    y = call(tensors)
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def _verdict(actual: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Return error, budget and tick of the tensor that is nearest to its budget, or over it."""
+    verdicts = [testing.compare(a, e, t, []) for a, e, t in zip(actual, eager, truth, strict=True)]
+    error, budget, _ = max(verdicts, key=lambda verdict: verdict[0] / max(verdict[1], 1e-300))
+    return {"error": error, "budget": budget, "ok": all(ok for *_, ok in verdicts)}
+
+
+def _maker(
+    case: OpCase,
+    call: Function | None,
+    tensors: dict[str, torch.Tensor],
+    grad: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[], Callable[[], Any]]:
+    if call is None:
+        ready = op_variants.products(case, device, dtype)
+        return lambda: ready
+    return lambda: op_variants.run(case, call, tensors, grad)
+
+
+def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Count on the meta device what the operator computes, and what a variant that shows its passes moves."""
+    implementation = {EAGER: "reference", "composite": "composite", "triton": "triton"}.get(variant)
+    flops = sum(2 * m * n * k for m, n, k, _ in op_variants.product_shapes(case))
+    known = {"flops": flops, "least_bytes": least_bytes(case, dtype)}
+    if implementation is None:
+        return known
+    try:
+        tensors = _inputs(case, torch.device("meta"), dtype)
+        with Traffic(implementation) as forward:
+            y = case.case(tensors, None)
+        if case.direction == "forward":
+            return {**known, "bytes": forward.read + forward.written}
+        with Traffic(implementation) as backward:
+            y.backward(torch.empty_like(y))
+    except ImportError:  # no Triton, whose launchers count
+        return known
+    counts = [forward, backward] if case.direction == "both" else [backward]
+    return {**known, "bytes": sum(count.read + count.written for count in counts)}
+
+
+def least_bytes(case: OpCase, dtype: torch.dtype) -> int:
+    """Return the bytes that any implementation moves: every input read once, every result written once."""
+    tensors = _inputs(case, torch.device("meta"), dtype)
+    y = case.case(tensors, None)
+    inputs = sum(tensor.nbytes for tensor in tensors.values())
+    gradients = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
+    forward, backward = inputs + y.nbytes, inputs + y.nbytes + gradients
+    return {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
+
+
+def _compare(
+    found: dict[str, dict[str, Any]], samples: dict[str, list[float]], kind: str, ceilings: dict[str, float] | None
+) -> None:
+    """Fill in ratios to the best eager and the best compiled variant, and the share of the roofline."""
+    for column, names in (("ratio_eager", (EAGER, CONVOLUTION)), ("ratio_compile", (COMPILE, AUTOTUNE))):
+        rivals = [name for name in names if name in samples]
+        if not rivals:
+            continue
+        best = min(rivals, key=lambda name: found[name]["timings"][kind]["median"])
+        for name, sample in samples.items():
+            found[name][column] = asdict(paired_ratio(samples[best], sample))
+    if ceilings is None:
+        return
+    for name, values in found.items():
+        if name in samples:
+            bound = max(values["flops"] / ceilings["tflops"] / 1e6, values["least_bytes"] / ceilings["gbs"] / 1e3)
+            values["roofline"] = bound / values["timings"][kind]["median"]

@@ -1,0 +1,35 @@
+"""How each number was taken, in words."""
+
+HOW = (
+    (
+        "Time",
+        "All variants of a case take turns, round after round, in one run; the median over the rounds, below it its 95 % "
+        "interval. On a GPU calls are captured in a CUDA graph and replayed: caches are warm, launching costs little.",
+    ),
+    ("Cold", "One call from Python just after the GPU's L2 cache was overwritten; what launching costs is part of it."),
+    (
+        "Against eager, against compile",
+        "The time of the best eager variant (with or without F.conv2d), or of the best torch.compile variant, over the "
+        "time of the row, paired round by round. Above 1x is faster.",
+    ),
+    (
+        "Slower",
+        "A row of ours counts as losing where the whole interval of such a ratio is below 1x. Where no paired ratio is stored, "
+        "as for cold caches, it loses where its interval lies wholly above that of the best other one in the same run.",
+    ),
+    ("Correct", "The error against a float64 computation is within its budget. A row that fails has no time and no ratio."),
+    (
+        "Roofline",
+        "The time that the case needs at least, over the time taken: its operations at the rate of a large matrix product, or "
+        "its inputs and results, each once, at the rate of a large copy. Both rates are measured in the same run (see the "
+        "environment).",
+    ),
+    ("Products", "The bare cuBLAS products without anything around them: a floor, not a contender."),
+    ("Moves, peak", "The bytes that the implementation reads and writes, and the most memory that one call holds at a time."),
+    (
+        "VEC",
+        "The vision encoding cost: the time of one batch through the whole encoder. Its ratio is the time at @1 in eager mode "
+        "over that of the row. Outside: the part of the time that is spent outside embeddings, layers, merge and norms.",
+    ),
+    ("On a CPU", "The wall clock. Absolute times are shown for whole encoders only; elsewhere ratios are."),
+)

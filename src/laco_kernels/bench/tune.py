@@ -1,0 +1,118 @@
+"""``laco tune``: the selection table, made from measured rows.
+
+A bucket is one operator, direction and dtype up to a number of output tokens. In it an implementation replaces a simpler one
+only where it is at least 3 % faster over the bucket's cases (geometric mean) and nowhere slower than eager; every case of it
+must have passed its check.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from laco_kernels.bench.gpu_timing import GRAPH
+from laco_kernels.bench.op_variants import EAGER, OURS
+from laco_kernels.geometry import Windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from laco_kernels.bench.results import Results, Row
+
+LEAD = 1.03
+REFERENCE = "reference"
+Times = dict[str, float]  # microseconds by implementation, of those that passed
+
+
+def table(devices: Iterable[Results]) -> dict[str, Any]:
+    """Return the selection table of all GPUs among ``devices``, as ``winners.json`` has it."""
+    found: dict[str, Any] = {}
+    for results in devices:
+        rows = [row for row in results.latest() if row.suite == "ops"]
+        by_name: dict[str, list[Row]] = {}
+        for row in rows:
+            block = results.environments[row.environment]
+            if block.get("capability"):
+                by_name.setdefault(block["device"], []).append(row)
+                found[block["device"]] = {"capability": block["capability"], "rows": []}
+        for name, mine in by_name.items():
+            found[name]["rows"] = winners(mine)
+    return {name: found[name] for name in sorted(found) if found[name]["rows"]}
+
+
+def winners(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return one device's buckets, by operator, direction, dtype and growing number of tokens; equal neighbours as one."""
+    cases: dict[tuple[str, str, str, int], dict[str, Times]] = {}
+    for row in rows:
+        case = row.case
+        if case["direction"] == "both":
+            continue
+        key = (case["op"], case["direction"], case["dtype"], output_tokens(case))
+        times = cases.setdefault(key, {}).setdefault(json.dumps(case, sort_keys=True), {})
+        impl = REFERENCE if row.variant == EAGER else row.variant
+        if row.values["ok"] and GRAPH in row.values["timings"] and (impl == REFERENCE or impl in OURS):
+            times[impl] = row.values["timings"][GRAPH]["median"]
+    buckets = [(*key[:3], key[3], best(list(cases[key].values()))) for key in sorted(cases)]
+    merged: list[dict[str, Any]] = []
+    for (op, direction, dtype, impl), group in groupby(buckets, key=lambda bucket: (*bucket[:3], bucket[4])):
+        up_to = max(bucket[3] for bucket in group)
+        merged.append({"op": op, "direction": direction, "dtype": dtype, "up_to": up_to, "impl": impl})
+    return merged
+
+
+def best(cases: Sequence[Times]) -> str:
+    """Return the implementation of one bucket, by the module's rule."""
+    chosen = REFERENCE
+    for impl in OURS:
+        if not all(impl in times and REFERENCE in times for times in cases):
+            continue
+        lead = math.exp(sum(math.log(times[chosen] / times[impl]) for times in cases) / len(cases))
+        if lead >= LEAD and all(times[impl] <= times[REFERENCE] for times in cases):
+            chosen = impl
+    return chosen
+
+
+def output_tokens(case: dict[str, Any]) -> int:
+    """Return what the selection sizes a call by: the patch tokens coming out, over the batch."""
+    windows = Windows(case["grid"], 2, 0, pad=True)
+    tokens = windows.num_patches if case["op"] == "multi_block_linear_gelu" else windows.num_windows
+    return int(case["batch"]) * tokens
+
+
+def dumps(found: dict[str, Any]) -> str:
+    """Return the table as the text of its file, one bucket a line."""
+    parts = []
+    for name, entry in found.items():
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in entry["rows"])
+        parts.append(f'  {json.dumps(name)}: {{"capability": {json.dumps(entry["capability"])}, "rows": [\n{rows}\n  ]}}')
+    return "{\n" + ",\n".join(parts) + "\n}\n" if parts else "{}\n"
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return what differs between two tables, a line a bucket."""
+
+    def buckets(found: dict[str, Any]) -> dict[tuple[str, ...], str]:
+        return {
+            (name, row["op"], row["direction"], row["dtype"], str(row["up_to"])): row["impl"]
+            for name, entry in found.items()
+            for row in entry["rows"]
+        }
+
+    before, after = buckets(old), buckets(new)
+    lines = []
+    for key in [*after, *[key for key in before if key not in after]]:
+        if before.get(key) != after.get(key):
+            name, op, direction, dtype, up_to = key
+            change = f"{before.get(key, 'nothing')} -> {after.get(key, 'nothing')}"
+            lines.append(f"{name}: {op} {direction} {dtype} up to {up_to} tokens: {change}")
+    return lines
+
+
+def write(found: dict[str, Any], file: Path) -> None:
+    """Put the table in place."""
+    part = file.with_suffix(".part")
+    part.write_text(dumps(found), encoding="utf-8")
+    part.replace(file)

@@ -1,0 +1,256 @@
+"""``laco bench ops``, ``laco bench all`` and ``laco bench compare``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laco_kernels.cli.common import (
+    Device,
+    Json,
+    bench,
+    complain,
+    err_console,
+    out_console,
+    parse_device,
+    parse_dtype,
+    print_json,
+    progress_bar,
+    quiet_transformers,
+    usage_errors,
+)
+from laco_kernels.errors import complaint
+
+if TYPE_CHECKING:
+    import torch
+
+    from laco_kernels.bench.campaign import Report, Unit
+    from laco_kernels.bench.results import Results
+
+ROOT = Path("benchmarks/results")
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")]
+Filter = Annotated[str | None, typer.Option("--filter", help="Only what has all these words in its name.")]
+Small = Annotated[bool, typer.Option("--tiny", help="A few shrunken cases, to try the command.")]
+Autotune = Annotated[bool, typer.Option("--autotune", help="torch.compile's max-autotune in every case; slow.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")]
+Seconds = Annotated[float, typer.Option(min=0, help="Time for the rounds of a case; at least 5, at most 200 are run.")]
+Busy = Annotated[bool, typer.Option("--allow-busy", help="Measure although other processes compute on the GPU.")]
+Commit = Annotated[str | None, typer.Option(help="What to call this version; default: the checkout's commit.")]
+
+
+@bench.command()
+def ops(
+    only: Filter = None,
+    variants: Annotated[str | None, typer.Option(help="Who competes, e.g. eager,compile,triton; default: all.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    tiny: Small = False,
+    autotune: Autotune = False,
+    rounds: Rounds = None,
+    seconds: Seconds = 1.0,
+    allow_busy: Busy = False,
+    commit: Commit = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results to keep the rows in, a folder for each device.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the operators against eager, channels-last convolution and torch.compile on the papers' shapes.
+
+    Ratios are to the best eager row and the best torch.compile row, paired round by round in one interleaved run. A row that
+    fails its check against float64 has no time.
+    """
+    with usage_errors():
+        from laco_kernels.bench import campaign, op_cases, op_table, op_variants
+
+        others = _others(allow_busy, device)
+        place, precision = parse_device(device), _precision(dtype, device)
+        cases = op_cases.op_cases(precision) + op_cases.sweep_cases(precision)
+        cases = op_cases.tiny(cases) if tiny else cases
+        chosen = [case for case in cases if matches(str(case), only or "")]
+        if not chosen:
+            raise ValueError(complaint("filter", repr(only), "words of a case's name", f"For instance {cases[0]}"))
+        names = variants.split(",") if variants else None
+        for name in names or []:
+            if name not in op_variants.VARIANTS:
+                known = ", ".join(op_variants.VARIANTS)
+                raise ValueError(complaint("variants", repr(name), f"names among {known}", "Separate them with commas"))
+        results, block, limits = _open(out, place, precision, commit, others)
+    options: dict[str, Any] = {"variants": names, "autotune": autotune, "limits": limits, "rounds": rounds}
+    units = [campaign.op_unit(case, place, seconds=seconds, **options) for case in chosen]
+    report = _run(units, results, block, place, None)
+    if as_json:
+        print_json(_as_json(report, results))
+    else:
+        for text in op_table.tables(report.rows):
+            out_console.print(text)
+        _summarise(report, results)
+    _finish(report)
+
+
+@bench.command("all")
+def everything(
+    budget: Annotated[str | None, typer.Option(help="Time to spend, e.g. 8m, 90s or 1h; default: until all is done.")] = None,
+    only: Filter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    tiny: Small = False,
+    autotune: Autotune = False,
+    rounds: Rounds = None,
+    seconds: Seconds = 1.0,
+    allow_busy: Busy = False,
+    commit: Commit = None,
+    out: Annotated[Path, typer.Option(help="Folder of results, a folder for each device.")] = ROOT,
+    as_json: Json = False,
+) -> None:
+    """Measure everything, the most telling first, until the budget ends; what this commit measured here before is skipped."""
+    with usage_errors():
+        from laco_kernels.bench import campaign
+
+        seconds_left = parse_budget(budget)
+        others = _others(allow_busy, device)
+        place, precision = parse_device(device), _precision(dtype, device)
+        results, block, limits = _open(out, place, precision, commit, others)
+        quiet_transformers()
+        options: dict[str, Any] = {"small": tiny, "autotune": autotune, "rounds": rounds, "seconds": seconds}
+        units = [unit for unit in campaign.plan(place, precision, limits=limits, **options) if matches(unit.name, only or "")]
+        if not units:
+            raise ValueError(complaint("filter", repr(only), "words of a unit's name", "Leave it out to measure everything"))
+    report = _run(units, results, block, place, seconds_left)
+    if as_json:
+        print_json(_as_json(report, results))
+    else:
+        _summarise(report, results)
+    _finish(report)
+
+
+@bench.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A device's folder of results, or its file.")],
+    new: Annotated[Path, typer.Argument(help="Another, measured later.")],
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="How much slower is no regression, as a fraction.")] = 0.03,
+    as_json: Json = False,
+) -> None:
+    """Compare two results row by row; exit code 1 where a row is slower beyond the intervals of both."""
+    with usage_errors():
+        from laco_kernels.bench import compare as comparing
+
+        changes = comparing.compare(*(_stored(path) for path in (old, new)))
+        if not changes:
+            raise ValueError(complaint("new", str(new), "rows that stand in both results", "Measure the same cases"))
+    slower = [change for change in changes if change.is_slower(tolerance)]
+    if as_json:
+        print_json([{**vars(change), "slower": change.is_slower(tolerance)} for change in changes])
+    else:
+        for change in changes:
+            mark = "SLOWER" if change in slower else "      "
+            case = " ".join(f"{name}={value}" for name, value in change.case.items())
+            spread = "lost its time" if change.broke else f"{change.ratio:.3f}x ({change.low:.3f}-{change.high:.3f})"
+            text = f"{mark} {spread} {change.variant} {case}"
+            out_console.print(text, style="red" if change in slower else None, markup=False, highlight=False, soft_wrap=True)
+        text = f"{len(changes)} rows, {len(slower)} slower; geometric mean {comparing.overall(changes):.3f}x"
+        out_console.print(text, style="bold", highlight=False)
+    if slower:
+        raise typer.Exit(1)
+
+
+def matches(name: str, words: str) -> bool:
+    """Return whether a case's name has all the words: ``batch=1`` as it is, others as a part of one of its words."""
+    parts = name.split()
+    return all(any(word == part if "=" in word else word in part for part in parts) for word in words.split())
+
+
+def parse_budget(text: str | None) -> float | None:
+    """Return ``"8m"``, ``"90s"``, ``"1h"`` or plain seconds as seconds; ValueError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not found:
+        raise ValueError(complaint("budget", repr(text), "a time such as 8m, 90s or 1h", "Pass --budget 8m"))
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _others(allow_busy: bool, device: str | None) -> list[int]:
+    """Return other processes that compute on a GPU, and refuse to measure beside them."""
+    from laco_kernels.bench.environment import other_processes
+
+    # Asked before this process uses the GPU and is one of them itself.
+    busy = other_processes()
+    if busy and not allow_busy and parse_device(device).type == "cuda":
+        given = f"a GPU on which other processes compute (pid {', '.join(map(str, busy))})"
+        raise RuntimeError(complaint("device", given, "a GPU of our own, for times to mean something", "Pass --allow-busy"))
+    return busy
+
+
+def _precision(dtype: str | None, device: str | None) -> str:
+    return str(parse_dtype(dtype, device)).removeprefix("torch.")
+
+
+def _open(
+    out: Path | None, place: torch.device, precision: str, commit: str | None, others: list[int]
+) -> tuple[Results, str, dict[str, float]]:
+    """Open a device's results, which are kept where ``out`` is given, and look at the machine."""
+    from laco_kernels.bench import campaign, report
+    from laco_kernels.bench.environment import environment
+    from laco_kernels.bench.results import Results, folder_name
+
+    if out is None:
+        results = Results(None)
+    else:
+        report.check_folder(out)
+        results = Results.open(out / folder_name(environment(place)))
+    return results, *campaign.begin(results, place, precision, commit, others)
+
+
+def _run(units: list[Unit], results: Results, block: str, place: torch.device, budget: float | None) -> Report:
+    from laco_kernels.bench import campaign
+
+    with progress_bar() as step:
+        return campaign.run(units, results, block, place, budget=budget, on_unit=step)
+
+
+def _summarise(report: Report, results: Results) -> None:
+    from laco_kernels.bench.campaign import furthest
+
+    counts = f"{len(report.measured)} measured, {len(report.skipped)} measured before, {len(report.left)} left for lack of time"
+    out_console.print(f"{counts}, {len(report.failed)} failed", style="bold", highlight=False)
+    for row in report.rows:
+        if row.values["reason"]:
+            case = " ".join(map(str, row.case.values()))
+            out_console.print(f"no time: {row.variant} {case}: {row.values['reason']}", markup=False, highlight=False)
+    far = furthest(results.latest())
+    if far:
+        out_console.print("\nfurthest from their goal", highlight=False)
+    for row, share in far:
+        goal, facts = row.values["goal"], row.case
+        have = share * goal["ratio"]
+        text = f"{have:.2f}x of {goal['ratio']:.2f}x over {goal['against']}: {row.variant} {facts['op']} {facts['encoder']}"
+        text += f" batch={facts['batch']} hidden={facts['hidden']} {facts['direction']}"
+        out_console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+    if results.file is not None:
+        err_console.print(f"wrote {results.file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _as_json(report: Report, results: Results) -> dict[str, Any]:
+    rows = [vars(row) for row in report.rows]
+    names = ("measured", "skipped", "left", "failed")
+    blocks = {row.environment: results.environments[row.environment] for row in report.rows}
+    file = None if results.file is None else str(results.file)
+    return {**{name: getattr(report, name) for name in names}, "rows": rows, "environments": blocks, "file": file}
+
+
+def _finish(report: Report) -> None:
+    for name, reason in report.failed.items():
+        complain(f"{name}: {reason}")
+    if report.failed or any(row.values["ok"] is False for row in report.rows):
+        raise typer.Exit(1)
+
+
+def _stored(path: Path) -> Results:
+    from laco_kernels.bench.results import FILE, Results
+
+    folder = path.parent if path.is_file() else path
+    if not (folder / FILE).is_file():
+        raise ValueError(complaint("results", str(path), f"a folder with {FILE}", "Pass one below benchmarks/results"))
+    return Results.open(folder)

@@ -1,0 +1,111 @@
+"""``laco bench vec``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from laco_kernels.bench.cases import DEFAULT_DEPTHS, DEFAULT_ENCODER
+from laco_kernels.cli.common import (
+    Device,
+    Json,
+    bench,
+    complain,
+    err_console,
+    out_console,
+    parse_device,
+    parse_dtype,
+    print_json,
+    progress_bar,
+    quiet_transformers,
+    usage_errors,
+)
+from laco_kernels.errors import complaint
+
+
+@bench.command()
+def vec(
+    images: Annotated[list[Path] | None, typer.Argument(help="Photos or folders of photos; default: a bundled one.")] = None,
+    encoder: Annotated[str, typer.Option(help="A known encoder, a checkpoint's folder, or a hub name.")] = DEFAULT_ENCODER,
+    depths: Annotated[str, typer.Option(help="Where to merge, as fractions of the depth.")] = DEFAULT_DEPTHS,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")] = None,
+    device: Device = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile'd encoders.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds; at least 5, at most 200 are run.")] = 45,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and a picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what compressing at each depth does to the vision encoding cost (VEC) of a real encoder on real photos.
+
+    Known encoders: aimv2-l-336, siglip-so400m-384, internvit-300m-448, clip-l-336; they run with random weights, on which
+    time does not depend.
+    """
+    with usage_errors():
+        import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
+        from laco_kernels.bench import cases, report, system
+        from laco_kernels.bench import images as photos
+
+        quiet_transformers()
+        wanted = cases.parse_depths(depths)
+        place, precision = parse_device(device), parse_dtype(dtype, device)
+        if out is not None:
+            report.check_folder(out)
+        files = photos.find_images(images or [])
+        with progress_bar() as step:
+            step("loading the encoder", 0.0)
+            model, weights = system.load_encoder(encoder)
+            known = encoder in cases.encoder_names()
+            processor = photos.load_processor(str(cases.FOLDER / encoder) if known else encoder)
+            step(f"reading {len(files)} photos", 0.0)
+            opened, failures = photos.read_pixels(files, processor)
+        for file, reason in failures.items():
+            complain(f"{file}: {reason}")
+        if not opened:
+            raise typer.Exit(1)
+        pixels = photos.batches(opened, batch)
+        system.check_pixels(model, pixels[0])
+        model.to(place, precision)
+    try:
+        with progress_bar() as step:
+            result = system.measure_vec(
+                model,
+                encoder,
+                wanted,
+                pixels,
+                weights=weights,
+                images=len(opened),
+                compiled=compiled,
+                rounds=rounds,
+                seconds=seconds,
+                on_step=step,
+            )
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError on a GPU, a RuntimeError on a CPU
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        complain(complaint("batch", batch, f"a batch that fits into the memory of {place}", "Pass a smaller --batch"))
+        raise typer.Exit(2) from None
+    if not as_json:
+        out_console.print(report.headline(result), style="bold", markup=False, highlight=False)
+        out_console.print(report.table(result))
+        out_console.print(report.legend(result), style="dim", markup=False, highlight=False)
+        out_console.print(f"On {report.machine(result)}", style="dim", markup=False, highlight=False)
+    paths: list[Path] = []
+    unwritten = None
+    try:
+        paths = report.write(result, out) if out is not None else []
+    except OSError as error:
+        unwritten = complaint("out", f"{str(out)!r} ({error.strerror})", "a folder that can be written to", "Choose another")
+    if as_json:
+        print_json({**result.to_dict(), "failed_images": failures, "files": [str(path) for path in paths]})
+    for path in paths:
+        err_console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if unwritten is not None:
+        complain(unwritten)
+        raise typer.Exit(2)
+    if failures or not all(row.correct for row in result.rows):
+        raise typer.Exit(1)

@@ -1,0 +1,135 @@
+"""``laco bench all``: the most telling first, under a budget, resumed and never redone."""
+
+import pytest
+import torch
+
+from laco_kernels.bench import campaign
+from laco_kernels.bench.campaign import Unit, furthest, run
+from laco_kernels.bench.results import Results
+from tests.bench.rows import GPU, op_row
+
+CPU = torch.device("cpu")
+VALUES = {"ok": True, "reason": None, "timings": {}}
+
+
+class Clock:
+    def __init__(self):
+        self.time = 0.0
+
+    def __call__(self):
+        return self.time
+
+
+def units(clock, *costs, suite="ops", log=None):
+    def unit(i, cost):
+        def measure():
+            if log is not None:
+                log.append(i)
+            clock.time += cost
+            return [({"case": i}, "eager", VALUES)]
+
+        return Unit(f"unit {i}", suite, ({"case": i},), measure)
+
+    return [unit(i, cost) for i, cost in enumerate(costs)]
+
+
+def opened(folder, commit="c"):
+    results = Results.open(folder)
+    return results, results.begin({"commit": commit, "date": "2026-01-01"})
+
+
+def test_a_budget_ends_before_a_unit_that_would_not_fit(tmp_path):
+    clock = Clock()
+    results, name = opened(tmp_path)
+    report = run(units(clock, 10, 30, 10, 10), results, name, CPU, budget=65, now=clock)
+    # The third could take 30 as the second did: 40 + 30 > 65.
+    assert report.measured == ["unit 0", "unit 1"]
+    assert report.left == ["unit 2", "unit 3"]
+    assert len(Results.open(tmp_path).rows) == 2
+
+
+def test_what_was_measured_is_skipped_and_a_killed_run_goes_on(tmp_path):
+    clock, log = Clock(), []
+    results, name = opened(tmp_path)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    first = units(clock, 1, 1, log=log)
+    with pytest.raises(KeyboardInterrupt):
+        run([first[0], Unit("x", "ops", ({"case": "x"},), killed), first[1]], results, name, CPU, now=clock)
+    assert len(Results.open(tmp_path).rows) == 1
+    results, name = opened(tmp_path)
+    report = run(first, results, name, CPU, now=clock)
+    assert (report.skipped, report.measured, log) == (["unit 0"], ["unit 1"], [0, 1])
+
+
+@pytest.mark.parametrize("commit", ["d", "c*"])
+def test_another_commit_and_a_changed_checkout_are_measured_anew(tmp_path, commit):
+    clock = Clock()
+    for version in ("c", commit, commit):
+        results, name = opened(tmp_path, version)
+        report = run(units(clock, 1), results, name, CPU, now=clock)
+    assert report.skipped == ([] if commit.endswith("*") else ["unit 0"])
+    assert {row.commit for row in results.rows.values()} == {"c", commit}
+
+
+def test_a_unit_that_breaks_is_named_and_the_rest_goes_on(tmp_path):
+    def broken():
+        raise RuntimeError("no kernel image\nfor this device")
+
+    clock = Clock()
+    results, name = opened(tmp_path)
+    todo = [Unit("bad", "ops", ({"case": "bad"},), broken), *units(clock, 1)]
+    report = run(todo, results, name, CPU, now=clock)
+    assert report.failed == {"bad": "RuntimeError: no kernel image"}
+    assert report.measured == ["unit 0"]
+
+
+def test_a_device_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(campaign, "_answers", lambda _: False)
+    clock = Clock()
+    results, name = opened(tmp_path)
+    report = run([Unit("bad", "ops", ({"case": "bad"},), broken), *units(clock, 1, 1)], results, name, CPU, now=clock)
+    assert report.left == ["unit 0", "unit 1"]
+
+
+def test_the_plan_begins_with_the_goals_then_encoders_then_what_grows():
+    plan = campaign.plan(CPU, "bfloat16")
+    suites = [unit.suite for unit in plan]
+    assert suites[:10] == ["ops"] * 10
+    assert suites[10:15] == ["vec"] * 5
+    assert set(suites[15:28]) == {"sweep"}
+    assert set(suites[28:]) == {"ops"}
+    names = [unit.name for unit in plan]
+    assert len(set(names)) == len(names) == 168 + 5 + 13
+    cases = [str(case) for unit in plan for case in unit.cases]
+    assert len(set(cases)) == len(cases)
+
+
+def test_the_cases_furthest_from_their_goal_are_found():
+    results = Results(None)
+    name = results.begin(GPU)
+    goal = {"ratio": 2.0, "against": "compile"}
+    results.add(
+        [
+            op_row("triton", 40, environment=name, goal=goal),  # 2.5 of 2
+            op_row("composite", 90, environment=name, goal=goal),
+            op_row("triton", 80, environment=name, goal=goal, batch=4),  # 1.25 of 2
+            op_row("eager", 10, environment=name, goal=goal, batch=4),
+            op_row("triton", 10, environment=name, batch=16),
+        ]
+    )
+    found = [(row.variant, row.case["batch"], share) for row, share in furthest(results.latest())]
+    assert found == [("triton", 4, 0.625), ("triton", 1, 1.25)]
+
+
+def test_an_environment_learns_the_clocks_of_the_end(tmp_path, monkeypatch):
+    clock = Clock()
+    results, name = opened(tmp_path)
+    monkeypatch.setattr(campaign, "clocks", lambda _: {"sm_mhz": 1980.0})
+    run(units(clock, 1), results, name, CPU, now=clock)
+    assert Results.open(tmp_path).environments[name]["clocks_after"] == {"sm_mhz": 1980.0}

@@ -1,0 +1,180 @@
+"""The harness of ``laco bench ops`` itself: known times, a wrong variant, the same variant twice."""
+
+import time
+
+import pytest
+import torch
+
+from laco_kernels import testing
+from laco_kernels.bench import op_cases, op_variants, operators
+from laco_kernels.bench.operators import measure_case
+from laco_kernels.bench.timing import spread
+from laco_kernels.geometry import Windows
+
+CPU = torch.device("cpu")
+CASES = {(case.op, case.direction): case for case in op_cases.tiny(op_cases.op_cases("float32")) if case.grid == (6, 6)}
+MERGE = CASES["patch_merge", "forward"]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=str)
+
+
+def eager(case, delay=0.0, factor=1.0):
+    plain = op_variants.function(case, "eager")
+
+    def call(tensors):
+        time.sleep(delay)
+        return plain(tensors) * factor
+
+    return call
+
+
+def test_a_known_time_is_measured_and_so_is_its_ratio():
+    rivals = {"eager": eager(MERGE, 0.02), "triton": eager(MERGE, 0.005)}
+    found = measure_case(MERGE, CPU, rivals, rounds=9)
+    slow, fast = (found[name]["timings"]["wall"] for name in rivals)
+    assert 20_000 < slow["low"] <= slow["median"] <= slow["high"]
+    assert slow["p20"] <= slow["median"] <= slow["p80"]
+    assert fast["low"] > 5_000
+    assert slow["rounds"] == 9
+    ratio = found["triton"]["ratio_eager"]
+    assert 1 < ratio["low"] <= ratio["median"] <= 4
+    assert ratio["median"] == pytest.approx(slow["median"] / fast["median"], rel=0.5)
+    assert found["eager"]["ratio_eager"]["median"] == 1
+    assert found["triton"]["ratio_compile"] is None, "nothing compiled took part"
+
+
+def test_a_wrong_variant_has_no_time():
+    found = measure_case(MERGE, CPU, {"eager": eager(MERGE), "triton": eager(MERGE, factor=1.0001)}, rounds=2)
+    assert found["triton"]["ok"] is False
+    assert found["triton"]["error"] > found["triton"]["budget"]
+    assert found["triton"]["timings"] == {}
+    assert found["triton"]["ratio_eager"] is None
+    assert found["triton"]["roofline"] is None
+    assert found["triton"]["reason"] == "wrong: further from float64 than twice eager"
+    assert found["eager"]["ok"] is True
+    assert found["eager"]["timings"]
+
+
+def test_wrong_gradients_are_wrong():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    case = CASES["strided_conv_gelu", "both"]
+    plain = op_variants.function(case, "eager")
+    found = measure_case(case, CPU, {"eager": lambda t: plain(t), "triton": lambda t: Doubled.apply(plain(t))}, rounds=1)
+    assert (found["eager"]["ok"], found["triton"]["ok"]) == (True, False)
+
+
+def test_the_same_variant_twice_is_as_fast_as_itself():
+    call = eager(MERGE, 0.002)
+    ratio = measure_case(MERGE, CPU, {"eager": call, "triton": call}, rounds=25)["triton"]["ratio_eager"]
+    assert ratio["low"] <= 1.02
+    assert ratio["high"] >= 0.98
+
+
+def test_a_variant_that_breaks_or_needs_too_much_memory_leaves_the_others_their_times():
+    def broken(tensors):
+        raise ValueError("no such kernel\nand more")
+
+    def huge(tensors):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rivals = {"eager": eager(MERGE), "composite": huge, "triton": broken, "products": None}
+    found = measure_case(MERGE, CPU, rivals, rounds=1)
+    assert found["composite"]["reason"] == "out of memory"
+    assert found["triton"]["reason"] == "ValueError: no such kernel"
+    assert found["eager"]["timings"]
+    assert found["products"]["timings"]
+    assert measure_case(MERGE, CPU, {"triton": broken}, rounds=1)["triton"]["timings"] == {}
+
+
+def test_a_case_whose_reference_does_not_fit_is_skipped_with_the_reason(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(operators, "_reference", full)
+    found = measure_case(MERGE, CPU, {"eager": eager(MERGE), "products": None})
+    assert {values["reason"] for values in found.values()} == {"out of memory for inputs and reference"}
+
+
+@every_case
+def test_every_eager_way_of_computing_is_right(case):
+    rivals = {name: op_variants.function(case, name) for name in ("eager", "eager-conv")}
+    found = measure_case(case, CPU, {**rivals, "products": None}, rounds=1, ceilings={"tflops": 1.0, "gbs": 1.0})
+    for name in rivals:
+        assert found[name]["ok"], name
+        assert found[name]["roofline"] > 0
+        assert found[name]["peak_bytes"] > 0
+    assert found["products"]["ok"] is None
+    assert found["eager"]["bytes"] > found["eager"]["least_bytes"]
+
+
+@pytest.mark.parametrize("op", ["patch_merge", "strided_conv_gelu", "multi_block_linear_gelu"])
+def test_operations_are_those_that_torch_counts(op):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for direction in op_cases.DIRECTIONS:
+        case = CASES[op, direction]
+        tensors = operators._inputs(case, CPU, torch.float32)
+        with FlopCounterMode(display=False) as forward:
+            y = op_variants.function(case, "eager")(tensors)
+        total = forward.get_total_flops()
+        if direction != "forward":
+            with FlopCounterMode(display=False) as backward:
+                y.sum().backward()
+            total = backward.get_total_flops() + (total if direction == "both" else 0)
+        shapes = op_variants.product_shapes(case)
+        assert sum(2 * m * n * k for m, n, k, _ in shapes) == total
+
+
+def test_a_compiled_rival_takes_part_and_max_autotune_only_where_asked_for():
+    assert set(operators.contenders(MERGE, CPU)) == {"eager", "eager-conv", "compile", "products"}
+    assert "compile-max-autotune" in operators.contenders(MERGE, CPU, autotune=True)
+    case = CASES["strided_conv_gelu", "forward"]
+    found = measure_case(case, CPU, operators.contenders(case, CPU, ["eager", "compile"]), rounds=2)
+    assert found["compile"]["ok"]
+    assert found["eager"]["ratio_compile"]["median"] > 0
+
+
+def test_the_interpreter_is_not_timed():
+    assert "interpreter" in op_variants.unavailable("triton", CPU, torch.float32)
+    assert op_variants.unavailable("eager", CPU, torch.float32) is None
+
+
+def test_the_cases_are_those_of_the_papers_and_the_telling_ones_come_first():
+    cases = op_cases.op_cases("bfloat16")
+    assert len(cases) == len(set(cases)) == 3 * (6 * 4 * 2 + 2 * 4)
+    assert [case.goal is not None for case in cases].index(False) == len(op_cases.GOALS)
+    assert {case.batch for case in cases} == {1, 4, 16, 64}
+    by_name = {case.encoder: case for case in cases if case.op == "patch_merge"}
+    assert by_name["siglip-so400m-384"].rows == by_name["siglip-so400m-384"].batch * 14 * 14
+    assert by_name["internvit-300m-448"].windows == Windows((32, 32), 2, 1, pad=True)
+    sweep = op_cases.sweep_cases("bfloat16")
+    assert {case.windows.num_patches for case in sweep if case.sweep == "tokens"} >= {196, 4096}
+    assert {case.batch for case in sweep if case.sweep == "batch"} >= {1, 64}
+
+
+def test_the_interval_of_a_median_is_that_of_its_ranks():
+    # n = 25: ranks 8 to 18 of the binomial at 95 %, one further out by the rounding.
+    found = spread([float(i) for i in range(1, 26)])
+    assert (found.low, found.median, found.high) == (8.0, 13.0, 19.0)
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(400):
+        sample = torch.randn(15, generator=generator).tolist()
+        hits += spread(sample).low <= 0 <= spread(sample).high
+    assert hits >= 0.95 * 400
+
+
+def test_what_one_tensor_may_err_is_what_the_promise_says():
+    case = CASES["patch_merge", "both"]
+    *_, truth, plain = operators._reference(case, CPU, torch.float32)
+    verdict = operators._verdict(plain, plain, truth)
+    assert verdict["ok"]
+    alone = [testing.compare(p, p, t, []) for p, t in zip(plain, truth, strict=True)]
+    assert (verdict["error"], verdict["budget"]) in [row[:2] for row in alone]
