@@ -6,7 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -16,7 +16,9 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several processes 
 
 SLOW = [HealthCheck.too_slow]  # on a busy machine
 settings.register_profile("quick", deadline=None, max_examples=2, suppress_health_check=SLOW)
-settings.register_profile("gpu", deadline=None, max_examples=25, suppress_health_check=SLOW)  # each shape compiles anew
+# On a GPU each shape compiles anew: few of them, and none more to find a smaller one that fails.
+FOUND = [Phase.explicit, Phase.reuse, Phase.generate]
+settings.register_profile("gpu", deadline=None, max_examples=25, suppress_health_check=SLOW, phases=FOUND)
 settings.register_profile("default", deadline=None, max_examples=84, suppress_health_check=SLOW)
 settings.register_profile(
     "fuzz", deadline=None, max_examples=1700, suppress_health_check=SLOW

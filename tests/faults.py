@@ -24,11 +24,21 @@ FAR = "tests/kernels/test_kernels.py -k test_strides_beyond"
 AROUND = "tests/kernels/test_kernels.py -k test_nothing_is_read"
 SUMS = "tests/kernels/test_kernels.py -k test_blocks_are_summed"
 RANGE = "tests/kernels/test_kernels.py -k 'test_activations and triton'"
+TOWER, TOWER_TILES, TOWER_FAR, TOWER_AROUND, TOWER_MEMORY, TOWER_RANGE, ROUNDED, VIEWS = (
+    f"tests/kernels/test_tower_kernels.py -k '{name}'"
+    for name in (
+        "test_tower_cases", "test_many_tiles", "test_strides_beyond", "test_nothing_is_read", "test_nothing_is_written",
+        "over_their_whole_range", "rounds_once", "test_rows_are_views",
+    )
+)  # fmt: skip
+TOWER_REFERENCE, SAVED = "tests/test_reference_tower.py", "tests/ops/test_tower_ops.py -k test_add_norm_saves"
 MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
 
 FILES = dict.fromkeys(("split", "gelu_backward", "join"), "kernels/pointwise.py")
 FILES |= {name: f"kernels/{name}.py" for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused")}
-FILES |= {name: f"{name}.py" for name in ("reference", "geometry")}
+FILES |= {name: f"kernels/{name}.py" for name in ("norm", "elementwise", "rows")}
+FILES |= {name: f"{name}.py" for name in ("reference", "reference_tower", "geometry")}
+FILES |= {"add_norm": "ops/add_norm.py"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,47 @@ FAULTS = [
         "height, r, width, r, channels).permute(0, 1, 3, 4, 2, 5)", GEOMETRY),
     Fault("geometry", "padding at the top left", "(0, 0, 0, right, 0, bottom)", "(0, 0, right, 0, bottom, 0)", GEOMETRY),
     Fault("geometry", "block order is not undone", "(height, width, r, r)", "(height, r, width, r)", GEOMETRY),
+    Fault("norm", "the scale is left out", "b_delta *= tl.load(p_scale", "b_delta *= 1.0 + 0.0 * tl.load(p_scale", TOWER),
+    Fault("norm", "the total is not rounded before its norm", "b_total = b_rounded.to(ACC)", "b_total += b_delta", ROUNDED),
+    Fault("norm", "the mean is that of a whole tile", "tl.sum(b_total, 1) / channels", "tl.sum(b_total, 1) / BC", TOWER),
+    Fault("norm", "masked channels count in the variance", "tl.where(m_c[None, :], b_total - b_mean[:, None], 0.0)",
+        "b_total - b_mean[:, None]", TOWER),
+    Fault("norm", "no eps", "/ channels + EPS)", "/ channels)", TOWER),
+    Fault("norm", "the bias is left out", "b_normed += tl.load(p_bias", "b_normed += 0.0 * tl.load(p_bias", TOWER),
+    Fault("norm", "half of the mean is saved", "(p_mean + o_m, b_mean,", "(p_mean + o_m, b_mean * 0.5,", TOWER),
+    Fault("norm", "a channel too many", "= o_m < M, o_c < channels", "= o_m < M, o_c <= channels", TOWER_AROUND),
+    Fault("norm", "a row too many", "= o_m < M, o_c < channels", "= o_m <= M, o_c < channels", TOWER_MEMORY),
+    Fault("norm", "images in 32 bits", "(o_m // rows).to(tl.int64), (o_m % rows).to(tl.int64)\n    m_m, m_c",
+        "o_m // rows, (o_m % rows).to(tl.int64)\n    m_m, m_c", TOWER_FAR),
+    Fault("norm", "tokens of gradients in 32 bits", "(o_m % rows).to(tl.int64)\n        m_m", "o_m % rows\n        m_m",
+        TOWER_FAR),
+    Fault("norm", "the mean of the gradient is kept", "b_inner -= (", "b_inner -= 0.0 * (", TOWER),
+    Fault("norm", "the gradient along the row is kept", "b_grad - b_hat * (", "b_grad - 0.0 * b_hat * (", TOWER),
+    Fault("norm", "the gradient of the total is left out", "b_dx += tl.load(p_dtotal", "b_dx += 0.0 * tl.load(p_dtotal", TOWER),
+    Fault("norm", "the gradient of delta is not scaled", "(b_scale * b_dx).to", "b_dx.to", TOWER),
+    Fault("norm", "the scale's gradient is that before the norm", "b_dscale += b_dx *", "b_dscale += b_grad *", TOWER),
+    Fault("norm", "the weight's gradient is the bias's", "b_dweight += b_grad * b_hat", "b_dweight += b_grad", TOWER),
+    Fault("norm", "programs overwrite each other's sums", "i_program.to(tl.int64) * channels + o_c", "o_c", TOWER_TILES),
+    Fault("norm", "every tile of a program is the first", "(i_program * tiles + i)", "(i_program * tiles)", TOWER_TILES),
+    Fault("norm", "a channel of sums too many", "o_c = tl.arange(0, BC)\n    m_c = o_c < channels",
+        "o_c = tl.arange(0, BC)\n    m_c = o_c <= channels", TOWER_MEMORY),
+    Fault("elementwise", "up is left out", "b_y *= tl.load(p_tile + N", "b_y *= 1.0 + 0.0 * tl.load(p_tile + N", TOWER),
+    Fault("elementwise", "both gradients are written to the gate", "tl.store(p_out + N, ", "tl.store(p_out, ", TOWER),
+    Fault("elementwise", "the gradient's rows are of half the width", ".to(tl.int64) * (2 * N)", ".to(tl.int64) * N", TOWER),
+    Fault("elementwise", "a digit of quick GELU", "_times_sigmoid(x, 1.702)", "_times_sigmoid(x, 1.7)", TOWER_RANGE),
+    Fault("elementwise", "the derivative of SiLU for quick GELU", "sigma + ALPHA * x *", "sigma + x *", TOWER_RANGE),
+    Fault("elementwise", "the left half is the right one", "tl.where(x >= 0, upper, z * upper)", "upper", TOWER_RANGE),
+    Fault("elementwise", "a column too many", "(o_n < N)[None, :]\n    p_tile", "(o_n <= N)[None, :]\n    p_tile",
+        TOWER_MEMORY),
+    Fault("elementwise", "rows in 32 bits", "p_h + (i_b * stride_hb + i_t * stride_ht)[:, None] + o_n[None, :]\n    b_y",
+        "p_h + (i_b.to(tl.int32) * stride_hb + i_t.to(tl.int32) * stride_ht)[:, None] + o_n[None, :]\n    b_y", TOWER_FAR),
+    Fault("rows", "channels apart are read as neighbours", "x.stride(2) == 1 or x.shape[2] < 2", "True", VIEWS),
+    Fault("reference_tower", "the gradient along the row is kept", "g - hat * (g * hat).mean(-1, keepdim=True)", "g",
+        TOWER_REFERENCE),
+    Fault("reference_tower", "the norm sees more than the total", "total = x = total.to(x.dtype)",
+        "x, total = x.float() + delta, total.to(x.dtype)", TOWER_REFERENCE),
+    Fault("add_norm", "delta is kept without need", "delta if scale is not None and ctx.needs_input_grad[4] else None", "delta",
+        SAVED),
 ]  # fmt: skip
 
 # An installed package may come before the broken copy: the run says which one it imported.

@@ -250,3 +250,38 @@ def test_the_fused_operators_allocate_nothing_of_the_size_of_what_they_gather():
     for impl in IMPLS:
         assert largest_allocation("multi_block_linear_gelu", impl, xs, weight, None, prefix_tokens=1) < stacked
     assert largest_allocation("multi_block_linear_gelu", "reference", xs, weight, None, prefix_tokens=1) >= stacked
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tensor", ["y", "dweight"])
+def test_an_error_of_four_units_breaks_the_promise(impl, dtype, tensor, monkeypatch):
+    """The budget is no wider than what it is for: everything off by four units in the last place is noticed."""
+    case = Case("strided_conv_gelu", {"batch": 2, "channels": 24, "out": 100}, {"grid": (4, 6)})
+    found = testing.gradients
+
+    def off(case, inputs, which, grad):
+        results = found(case, inputs, which, grad)
+        if which == impl:
+            results[tensor] = (results[tensor].double() * (1 + 4 * torch.finfo(dtype).eps)).to(dtype)
+        return results
+
+    monkeypatch.setattr(testing, "gradients", off)
+    assert [row.tensor for row in testing.check_case(case, impl, dtype, DEVICE) if not row.ok] == [tensor]
+
+
+def test_products_of_float32_are_taken_as_torch_takes_them():
+    from tests.test_import import python
+
+    done = python("""
+import torch
+from laco_kernels.kernels.launch import precision
+assert precision(torch.float32) == "ieee"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert (precision(torch.float32), precision(torch.float16)) == ("tf32", "ieee")
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert precision(torch.float32) == "ieee"
+torch.backends.cuda.matmul.allow_tf32 = True
+assert precision(torch.float32) == "tf32"
+""")
+    assert done.returncode == 0, done.stderr

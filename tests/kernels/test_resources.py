@@ -1,4 +1,4 @@
-"""Every kernel in every shipped configuration, compiled ahead of time for three architectures without a GPU."""
+"""Every kernel as the operators launch it on the papers' shapes, compiled for three architectures without a GPU."""
 
 import json
 import os
@@ -28,10 +28,11 @@ def resources():
 
 
 def test_everything_compiles_for_every_architecture(resources):
-    tiles = {(row["tile"], row["arch"]) for row in resources if row["tile"]}
-    assert tiles == {(tile, arch) for tile in TILES for arch in LIMITS}
+    tiles = {(row["tile"], row["arch"]) for row in resources if row["kernel"] == "gathered_gemm_kernel"}
+    assert tiles == {(f"{tile.bm}x{tile.bn}x{tile.bk}", arch) for tile in TILES.values() for arch in LIMITS}
     kernels = {(row["kernel"], row["arch"]) for row in resources}
-    names = ("gathered_gemm_kernel", "split_kernel", "gelu_backward_kernel", "join_kernel")
+    names = ["gathered_gemm_kernel", "split_kernel", "gelu_backward_kernel", "join_kernel"]
+    names += ["add_norm_kernel", "add_norm_backward_kernel", "activation_kernel", "activation_backward_kernel"]
     assert kernels == {(kernel, arch) for kernel in names for arch in LIMITS}
 
 
@@ -43,9 +44,9 @@ def test_nothing_spills_and_shared_memory_fits(resources):
 
 def test_half_precision_runs_on_the_matrix_units(resources):
     for row in resources:
-        if row["kernel"] == "gathered_gemm_kernel" and row["dtype"] in ("bf16", "fp16"):
+        if row["kernel"] == "gathered_gemm_kernel" and row["dtype"] == "bf16":
             assert row["matrix_instruction"] == MATRIX[row["arch"]], row
-        if row["dtype"] == "tf32":
+        if row["kernel"] == "gathered_gemm_kernel" and row["dtype"] == "tf32":
             assert row["matrix_instruction"] != "none", row
 
 
@@ -53,11 +54,8 @@ def test_the_recorded_table_is_what_this_makes(resources):
     recorded = json.loads(RECORDED.read_text())
     if recorded["triton"] == triton.__version__:
         assert recorded["rows"] == resources, "run `make resources`"
-    variants = [
-        {(row["kernel"], row["mode"], row["tile"], row["dtype"], row["arch"]) for row in t}
-        for t in (recorded["rows"], resources)
-    ]
-    assert variants[0] == variants[1], "run `make resources`"
+    named = [{(row["kernel"], row["mode"], row["tile"], row["arch"]) for row in t} for t in (recorded["rows"], resources)]
+    assert named[0] == named[1], "run `make resources`"
 
 
 def test_heavy_epilogues_get_a_tile_that_holds_them(monkeypatch):
@@ -70,4 +68,4 @@ def test_heavy_epilogues_get_a_tile_that_holds_them(monkeypatch):
         for rows in (1, 144, 2304, 36864):
             for columns in (64, 1024, 4096):
                 assert tile_for(rows, columns, dtype, heavy=True) in [TILES[name] for name in HEAVY]
-                assert tile_for(rows, columns, dtype) != TILES["half-heavy"]
+                assert tile_for(rows, columns, dtype) not in (TILES["half-heavy"], TILES["float-heavy"])

@@ -37,8 +37,6 @@ def choose(rows=2000, dtype=torch.bfloat16, direction="forward"):
 def test_what_was_never_measured_is_never_chosen(gpu):
     gpu("H", {})
     assert choose() == ("reference", "no kernel has been measured on a GPU yet")
-    gpu("H", {"A": {"capability": "8.0", "rows": ROWS}})
-    assert choose() == ("reference", "no kernel has been measured on a GPU of capability 9.0")
 
 
 def test_the_table_decides_by_size(gpu):
@@ -57,6 +55,24 @@ def test_a_relative_of_a_measured_gpu_needs_a_verdict_of_its_own(gpu):
     assert choose() == ("triton", "measured fastest on H up to 10000 output tokens")
     select.record("H lite", "patch_merge", "torch.bfloat16", ok=False)
     assert choose().impl == "reference"
+
+
+def test_the_nearest_architecture_is_followed(gpu):
+    other = [{**row, "impl": "composite"} for row in ROWS]
+    table = {"A": {"capability": "8.0", "rows": ROWS}, "B": {"capability": "10.0", "rows": ROWS}}
+    gpu("H lite", {**table, "H": {"capability": "9.0", "rows": other}})
+    select.record("H lite", "patch_merge", "torch.bfloat16", ok=True)
+    assert choose() == ("composite", "measured fastest on H up to 10000 output tokens")
+    gpu("H lite", table)
+    assert choose().impl == "triton"
+
+
+def test_a_table_need_not_be_sorted_and_old_gpus_are_refused(gpu, monkeypatch):
+    gpu("H", {"H": {"capability": "9.0", "rows": ROWS[::-1]}})
+    assert choose(rows=1000).impl == "composite"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    assert choose() == ("reference", "the kernels need compute capability 8.0 (Ampere) or newer")
 
 
 def test_verdicts_of_several_checks_are_kept_and_a_damaged_file_is_none(gpu):

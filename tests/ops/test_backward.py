@@ -9,15 +9,18 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from laco_kernels import reference
 from laco_kernels.kernels import select
+from laco_kernels.ops.cost import Traffic
 
 from .cases import (
     BATCH,
+    CHANNELS,
     HIDDEN,
     PREFIX,
     TOKENS,
     WINDOWS,
     Calls,
     Fusion,
+    Merge,
     assert_same_gradients,
     clones,
     every_op,
@@ -223,3 +226,48 @@ def test_neither_gradients_nor_saved_tensors_are_written_to(case):
     assert [t._version for t in (grad, *saved, *tensors)] == versions
     for t, f in zip(tensors, first, strict=True):
         assert torch.equal(t.grad, f + f)
+
+
+@every_op
+def test_what_was_saved_may_come_back_in_other_strides(case):
+    """Hooks that move tensors to the host and back keep values, not strides."""
+    for impl in ("reference", "triton", "composite"):
+        tensors = make(case, dtype=torch.float32)
+        y = case.call(*tensors, impl=impl)
+        grad = torch.randn_like(y)
+        expected = torch.autograd.grad(y, tensors, grad)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)):
+            again = case.call(*tensors, impl=impl)
+        for got, want in zip(torch.autograd.grad(again, tensors, grad), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@every_op
+def test_autocast_does_not_reach_into_the_operator(case, monkeypatch):
+    seen = []
+
+    def spying(name):
+        inner = getattr(reference, name)
+        return lambda *args, **kwargs: seen.append(torch.is_autocast_enabled("cpu")) or inner(*args, **kwargs)
+
+    names = [f"{case.name}_forward", f"{case.name}_backward"]
+    spies = SimpleNamespace(**{name: spying(name) for name in names})
+    monkeypatch.setattr(select, "load", lambda *_: spies)
+    with torch.autocast("cpu", torch.bfloat16):
+        case.call(*make(case, dtype=torch.float32)).sum().backward()
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("impl", ["triton", "composite"])
+def test_the_second_weight_alone_needs_no_gradient_of_the_hidden_layer(impl):
+    tensors = make(Merge, dtype=torch.float32)
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(i == 3)
+    y = Merge.call(*tensors, impl=impl)
+    dy = torch.ones_like(y)
+    with Traffic(impl) as traffic:
+        y.backward(dy)
+    rows = BATCH * WINDOWS.num_windows
+    pre, grad, weight = rows * HIDDEN, rows * CHANNELS, HIDDEN * CHANNELS
+    # GELU again, the gradient without its prefix, one product; nothing of the size of the first weight
+    assert (traffic.read, traffic.written) == (4 * (2 * pre + 2 * grad), 4 * (pre + grad + weight))

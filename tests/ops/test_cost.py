@@ -70,10 +70,21 @@ def test_a_frozen_encoder_moves_fewer_bytes(frozen):
     read, written = counted(
         "composite", lambda: lk.strided_conv_gelu(x, weight, None, grid=(4, 4), prefix_tokens=1), backward=True
     )
-    tokens, pre, sums = 2 * 16 * 8, 2 * 4 * 16, 16 * 2  # one row tile of float32 sums
-    # dGELU; its sums, reduced and rounded; the tokens gathered, and the weight's gradient from them
-    assert read == (pre + pre) + (sums + sums) + (tokens + tokens + pre) + (0 if frozen else (pre + 512) + tokens)
-    assert written == (pre + sums) + (sums + 16) + (tokens + 512) + (0 if frozen else tokens + tokens + 2 * 8)
+    tokens, pre = 2 * 16 * 8, 2 * 4 * 16
+    # dGELU; the tokens gathered, and the weight's gradient from them
+    assert read == (pre + pre) + (tokens + tokens + pre) + (0 if frozen else (pre + 512) + tokens)
+    assert written == pre + (tokens + 512) + (0 if frozen else tokens + tokens + 2 * 8)
+
+
+def test_a_bias_adds_its_sums_to_the_backward_pass():
+    def call(bias):
+        x, weight = meta(2, 17, 8), meta(16, 32).requires_grad_()
+        return counted("composite", lambda: lk.strided_conv_gelu(x, weight, bias, grid=(4, 4), prefix_tokens=1), backward=True)
+
+    without, with_bias = call(None), call(meta(16).requires_grad_())
+    sums = 16 * 2  # one row tile, in float32: written and read, reduced, rounded
+    assert with_bias[0] - without[0] == sums + sums
+    assert with_bias[1] - without[1] == sums + sums + 16
 
 
 def test_several_blocks_are_read_where_they_lie():

@@ -78,12 +78,9 @@ def patch_merge_backward(
     prefix = windows.prefix_tokens
     g = grad[:, prefix:]
     dx = dweight1 = dbias1 = dweight2 = dbias2 = None
-    if any(needs[:4]):
-        dpre, sums, act = pointwise.gelu_backward(g @ weight2, pre, approximate, with_act=needs[3])
-        if needs[2]:
-            dbias1 = sums
-        if act is not None:
-            dweight2 = outer(g, act)
+    act = F.gelu(pre, approximate=approximate) if needs[3] and not any(needs[:3]) else None
+    if any(needs[:3]):
+        dpre, dbias1, act = pointwise.gelu_backward(g @ weight2, pre, approximate, with_sums=needs[2], with_act=needs[3])
         if needs[1]:
             dweight1 = outer(dpre, gathered(x, windows, layout))
         if needs[0]:
@@ -91,6 +88,8 @@ def patch_merge_backward(
             if prefix:
                 dx[:, :prefix] = grad[:, :prefix]
             pointwise.join(dpre @ weight1, grad, windows, GATHER[layout], RESIDUAL[residual_kind], dx)
+    if act is not None:
+        dweight2 = outer(g, act)
     if needs[4]:
         dbias2 = column_sum(g)
     return [dx, dweight1, dbias1, dweight2, dbias2]
@@ -121,14 +120,14 @@ def strided_conv_gelu_backward(
     approximate: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.strided_conv_gelu_backward`."""
-    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate)
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=needs[2])
     dx = None
     if needs[0]:
         dx = x.new_empty(x.shape)
         dx[:, : windows.prefix_tokens].zero_()
         pointwise.join(dpre @ weight, grad, windows, GATHER["raster"], RESIDUAL["none"], dx)
     dweight = outer(dpre, gathered(x, windows, "raster")) if needs[1] else None
-    return [dx, dweight, dbias if needs[2] else None]
+    return [dx, dweight, dbias]
 
 
 def multi_block_linear_gelu_forward(
@@ -147,24 +146,26 @@ def multi_block_linear_gelu_forward(
     batch, tokens, channels = xs[0].shape
     wide = accumulator_torch(xs[0].dtype)
     shape = (batch, tokens - prefix_tokens, weight.shape[0])
-    total = torch.zeros(shape, dtype=wide, device=weight.device) if bias is None else bias.to(wide).expand(shape)
+    # A tensor of its own, which cuBLAS adds to in place: an operand of another layout it would copy first.
+    total = xs[0].new_empty(shape, dtype=wide)
+    total.zero_() if bias is None else total.copy_(bias)
     for i, x in enumerate(xs):
         block = weight[:, i * channels : (i + 1) * channels].t().expand(batch, -1, -1)
-        total = _add_product(total, x[:, prefix_tokens:], block, wide)
+        _add_product(total, x[:, prefix_tokens:], block, wide)
     y = F.gelu(total, approximate=approximate).to(weight.dtype)
     return y, total.to(weight.dtype) if save else weight.new_empty(0)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, wide: torch.dtype) -> None:
+    """``total += left @ right``, accumulated and kept in ``wide``."""
     if left.dtype == wide:
-        return torch.baddbmm(total, left, right)
-    if left.device.type == "cpu":
-        return torch.baddbmm(total, left.to(wide), right.to(wide))
-    if left.is_meta:  # torch has no shape rule for out_dtype
-        out = total.new_empty(total.shape)
-        announce([total, left, right], [out])
-        return out
-    return torch.baddbmm(total, left, right, out_dtype=wide)
+        torch.baddbmm(total, left, right, out=total)
+    elif left.device.type == "cpu":
+        torch.baddbmm(total, left.to(wide), right.to(wide), out=total)
+    elif left.is_meta:  # torch has no shape rule for out_dtype
+        announce([total, left, right], [total])
+    else:
+        torch.ops.aten.baddbmm.dtype_out(total, left, right, wide, out=total)
 
 
 def multi_block_linear_gelu_backward(
@@ -178,7 +179,7 @@ def multi_block_linear_gelu_backward(
     approximate: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.multi_block_linear_gelu_backward`."""
-    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate)
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=needs[-1])
     channels = xs[0].shape[2]
     dxs: list[torch.Tensor | None] = []
     for i, x in enumerate(xs):
@@ -189,4 +190,4 @@ def multi_block_linear_gelu_backward(
             dx[:, prefix_tokens:] = dpre @ weight[:, i * channels : (i + 1) * channels]
         dxs.append(dx)
     dweight = block_outer(dpre, xs, prefix_tokens) if needs[-2] else None
-    return [*dxs, dweight, dbias if needs[-1] else None]
+    return [*dxs, dweight, dbias]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from laco_kernels.kernels import pointwise
@@ -85,10 +86,12 @@ def patch_merge_backward(
     prefix = windows.prefix_tokens
     g = grad[:, prefix:]
     dx = dweight1 = dbias1 = dweight2 = dbias2 = None
-    if any(needs[:4]):
-        dpre, act = torch.empty_like(pre), torch.empty_like(pre)
+    act = F.gelu(pre, approximate=approximate) if needs[3] and not any(needs[:3]) else None
+    if any(needs[:3]):
+        dpre, act = torch.empty_like(pre), torch.empty_like(pre) if needs[3] else None
         tile = tile_for(batch * rows, hidden, pre.dtype, heavy=True)
-        partial = pre.new_empty((triton.cdiv(batch * rows, tile.bm), hidden), dtype=accumulator_torch(pre.dtype))
+        sums = (triton.cdiv(batch * rows, tile.bm), hidden)
+        partial = pre.new_empty(sums, dtype=accumulator_torch(pre.dtype)) if needs[2] else None
         gathered_gemm(
             [grad],
             weight2.t(),
@@ -101,11 +104,8 @@ def patch_merge_backward(
             partial=partial,
             tile=tile,
         )
-        if needs[2]:
+        if partial is not None:
             dbias1 = partial.sum(0).to(pre.dtype)
-        if needs[3]:
-            dweight2 = outer(g, act)
-        del act
         if needs[1]:
             dweight1 = outer(dpre, gathered(x, windows, layout))
         if needs[0]:
@@ -124,6 +124,8 @@ def patch_merge_backward(
                 out_prefix=prefix,
                 scatter=GATHER[layout],
             )
+    if act is not None:
+        dweight2 = outer(g, act)
     if needs[4]:
         dbias2 = column_sum(g)
     return [dx, dweight1, dbias1, dweight2, dbias2]
@@ -167,7 +169,7 @@ def strided_conv_gelu_backward(
     approximate: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.strided_conv_gelu_backward`."""
-    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate)
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=needs[2])
     dx = None
     if needs[0]:
         dx = x.new_empty(x.shape)
@@ -182,7 +184,7 @@ def strided_conv_gelu_backward(
             scatter=RASTER,
         )
     dweight = outer(dpre, gathered(x, windows, "raster")) if needs[1] else None
-    return [dx, dweight, dbias if needs[2] else None]
+    return [dx, dweight, dbias]
 
 
 def multi_block_linear_gelu_forward(
@@ -222,7 +224,7 @@ def multi_block_linear_gelu_backward(
     approximate: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.multi_block_linear_gelu_backward`."""
-    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate)
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=needs[-1])
     channels = xs[0].shape[2]
     dxs: list[torch.Tensor | None] = []
     for i, x in enumerate(xs):
@@ -234,4 +236,4 @@ def multi_block_linear_gelu_backward(
             gathered_gemm([dpre], block.t(), dx, rows=pre.shape[1], out_prefix=prefix_tokens)
         dxs.append(dx)
     dweight = block_outer(dpre, xs, prefix_tokens) if needs[-2] else None
-    return [*dxs, dweight, dbias if needs[-1] else None]
+    return [*dxs, dweight, dbias]

@@ -47,7 +47,11 @@ def real_tokens(i_q, height, width, out_width, RATIO: tl.constexpr):
     return rows * columns
 
 
-@triton.jit
+# Sizes that change from image to image: a kernel for each of their divisors would stall users of dynamic resolution.
+SIZES = ["M", "rows", "height", "width", "out_width", "prefix", "out_prefix", "res_prefix"]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def gathered_gemm_kernel(
     p_a,  # tuple of sources [B, T, C] and of their strides
     p_w,  # [N, K] through its strides
@@ -84,6 +88,8 @@ def gathered_gemm_kernel(
     ACTIVATION: tl.constexpr,
     SAVE_PRE: tl.constexpr,
     DERIVATIVE: tl.constexpr,
+    WRITE_ACT: tl.constexpr,
+    WRITE_SUMS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RESIDUAL_GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
@@ -141,9 +147,11 @@ def gathered_gemm_kernel(
     if DERIVATIVE:
         b_pre = tl.load(p_pre + o_first + o_tile, mask=m_tile, other=0.0).to(ACC)
         b_act, b_slope = gelu_and_derivative(b_pre, ACTIVATION, CHEAP)
-        tl.store(p_act + o_first + o_tile, b_act.to(p_act.dtype.element_ty), mask=m_tile)
+        if WRITE_ACT:
+            tl.store(p_act + o_first + o_tile, b_act.to(p_act.dtype.element_ty), mask=m_tile)
         b_acc = tl.where(m_tile, b_acc * b_slope, 0.0)
-        tl.store(p_partial + i_m.to(tl.int64) * N + o_n, tl.sum(b_acc, 0), mask=m_n)
+        if WRITE_SUMS:
+            tl.store(p_partial + i_m.to(tl.int64) * N + o_n, tl.sum(b_acc, 0), mask=m_n)
     elif ACTIVATION:
         if SAVE_PRE:
             tl.store(p_pre + o_first + o_tile, b_acc.to(p_pre.dtype.element_ty), mask=m_tile)
@@ -202,26 +210,29 @@ class Tile:
 
 
 TILES = {
-    # ptxas would hold it to 128 registers for sm_100, and spill.
+    # Left alone ptxas holds some of these to fewer registers, and spills.
     "half-large": Tile(128, 128, 64, 8, 3, max_registers=255),
     "half-medium": Tile(128, 64, 64, 4, 4),
     "half-small": Tile(64, 64, 64, 4, 4),
     "half-heavy": Tile(128, 64, 64, 8, 3),
     "float-large": Tile(64, 32, 16, 4, 4),
     "float-small": Tile(32, 64, 32, 4, 2),
+    "float-heavy": Tile(32, 32, 32, 4, 2),
 }
-HEAVY = ("half-heavy", "half-small", "float-small")  # tiles whose registers hold a heavy epilogue too
+HEAVY = ("half-heavy", "half-small", "float-heavy")  # tiles whose registers hold a heavy epilogue too
 
 
 def tile_for(m: int, n: int, dtype: torch.dtype, *, heavy: bool = False) -> Tile:
     """Choose a tile by shape: the largest one that still gives every multiprocessor of a large GPU something to do.
 
-    ``heavy`` says that the epilogue is dGELU or the channel-group residual, which need registers for themselves.
+    ``heavy`` says that the epilogue needs registers for itself: dGELU, the channel-group residual, a scatter to many taps.
     """
     if INTERPRETED:
         return Tile(64, 32, 64, 4, 1)  # few programs, for each of their operations is slow there
     if dtype in (torch.float32, torch.float64):
-        return TILES["float-large" if m * n >= 64 * 32 * 264 and not heavy else "float-small"]
+        if heavy:
+            return TILES["float-heavy"]
+        return TILES["float-large" if m * n >= 64 * 32 * 264 else "float-small"]
     if heavy:
         return TILES["half-heavy" if m * n >= 128 * 64 * 132 else "half-small"]
     if m * n >= 128 * 128 * 132:
@@ -280,8 +291,10 @@ def gathered_gemm(
     m, n = first.shape[0] * rows, weight.shape[0]
     if m == 0 or n == 0:
         return
-    tile = tile or tile_for(m, n, first.dtype, heavy=residual == CHANNEL_GROUP and scatter == ROWS)
     ratio = windows.ratio if windows is not None else 1
+    # Finding the token of a column divides by a number of channels that is no power of two where three or four taps meet.
+    heavy = ratio > 2 if scatter != ROWS else residual == CHANNEL_GROUP
+    tile = tile or tile_for(m, n, first.dtype, heavy=heavy)
     height, width = windows.grid if windows is not None else (1, 1)
     out_width = windows.out_grid[1] if windows is not None else 1
     other = first if residual_of is None else residual_of
@@ -329,13 +342,15 @@ def gathered_gemm(
         ACTIVATION=0 if activation is None else activation_code(activation),
         SAVE_PRE=save_pre is not None,
         DERIVATIVE=derivative_at is not None,
+        WRITE_ACT=act is not None,
+        WRITE_SUMS=partial is not None,
         RESIDUAL=residual,
         RESIDUAL_GATHER=residual_gather,
         SCATTER=scatter,
         FLAT=out_prefix == 0,
         CHEAP=is_cheap(first.dtype),
         ACC=accumulator(first.dtype),
-        PRECISION=precision(),
+        PRECISION=precision(first.dtype),
         EVEN_K=first.shape[2] % tile.bk == 0,
         BM=tile.bm,
         BN=tile.bn,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
 
 from laco_kernels.kernels.activation import ERF, TANH
-from laco_kernels.kernels.passes import announce
+from laco_kernels.kernels.passes import COMPILERS, announce
+from laco_kernels.kernels.select import interpreted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreted()
 
 
 def launch(
@@ -28,11 +28,13 @@ def launch(
 ) -> None:
     """Run ``kernel`` on a grid of ``programs``; ``reads`` and ``writes`` are what it touches, for those who count bytes.
 
-    On the meta device nothing runs.
+    On the meta device nothing runs; it is compiled where that is what somebody wants.
     """
     announce(reads, writes)
     device = next(tensor.device for tensor in writes if tensor is not None)
     if device.type == "meta":
+        for compile_ in COMPILERS:
+            compile_(kernel, programs, arguments)
         return
     # Triton launches on the current device, whatever device its arguments are on.
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
@@ -60,6 +62,6 @@ def is_cheap(dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16)
 
 
-def precision() -> str:
-    """Return how float32 products are taken: as torch's own are."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """Return how products of ``dtype`` are taken: those of float32 as torch's own are."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,8 +1,8 @@
-"""Who wants to know of kernels that run: what each one reads and writes. Needs no Triton."""
+"""Who wants to know of kernels that run: what each one reads and writes; what to do on the meta device. Needs no Triton."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     Tensors = Sequence[torch.Tensor | None]
 
 LISTENERS: list[Callable[[Tensors, Tensors], None]] = []
+COMPILERS: list[Callable[[Any, tuple[int, ...], dict[str, Any]], None]] = []  # kernel, programs, arguments
 
 
 def announce(reads: Tensors, writes: Tensors) -> None:

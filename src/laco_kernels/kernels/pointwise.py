@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROW_TILE, COLUMN_TILE = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "height", "width", "out_width", "prefix", "out_prefix", "M"])
 def split_kernel(
     p_x,  # [B, T, C] through its strides
     p_s,  # [M, taps * C]
@@ -80,7 +80,7 @@ def split_kernel(
         tl.store(p_r + o_r, b_r.to(p_r.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows"])
 def gelu_backward_kernel(
     p_grad,  # [B, T, N] through its strides
     p_pre,  # [M, N]
@@ -95,6 +95,7 @@ def gelu_backward_kernel(
     stride_gn,
     ACTIVATION: tl.constexpr,
     WRITE_ACT: tl.constexpr,
+    WRITE_SUMS: tl.constexpr,
     CHEAP: tl.constexpr,
     ACC: tl.constexpr,
     BM: tl.constexpr,
@@ -114,10 +115,11 @@ def gelu_backward_kernel(
         tl.store(p_act + o_flat, b_act.to(p_act.dtype.element_ty), mask=m_tile)
     b_out = tl.load(p_grad + o_g, mask=m_tile, other=0.0).to(ACC) * b_slope
     tl.store(p_out + o_flat, b_out.to(p_out.dtype.element_ty), mask=m_tile)
-    tl.store(p_partial + i_m.to(tl.int64) * N + o_n, tl.sum(tl.where(m_tile, b_out, 0.0), 0), mask=o_n < N)
+    if WRITE_SUMS:
+        tl.store(p_partial + i_m.to(tl.int64) * N + o_n, tl.sum(tl.where(m_tile, b_out, 0.0), 0), mask=o_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "height", "width", "out_width", "prefix", "g_prefix", "M"])
 def join_kernel(
     p_s,  # [M, taps * C]
     p_g,  # [B, T_g, C] through its strides
@@ -211,13 +213,14 @@ def split(
         BM=ROW_TILE,
         BC=COLUMN_TILE,
         num_warps=4,
+        maxnreg=168,  # left alone ptxas holds some of these to fewer registers, and spills
     )
 
 
 def gelu_backward(
-    grad: torch.Tensor, pre: torch.Tensor, approximate: str, *, with_act: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return ``grad * gelu'(pre)``, its column sums, and with ``with_act`` also ``gelu(pre)``.
+    grad: torch.Tensor, pre: torch.Tensor, approximate: str, *, with_sums: bool, with_act: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return ``grad * gelu'(pre)``, with ``with_sums`` its column sums, and with ``with_act`` ``gelu(pre)``.
 
     ``grad [B, rows, N]`` in any strides, ``pre [B, rows, N]`` contiguous.
     """
@@ -225,7 +228,8 @@ def gelu_backward(
     m = batch * rows
     out = torch.empty_like(pre)
     act = torch.empty_like(pre) if with_act else None
-    partial = pre.new_empty((triton.cdiv(m, ROW_TILE), n), dtype=accumulator_torch(pre.dtype))
+    tiles = triton.cdiv(m, ROW_TILE)
+    partial = pre.new_empty((tiles, n), dtype=accumulator_torch(pre.dtype)) if with_sums else None
     if m and n:
         launch(
             gelu_backward_kernel,
@@ -236,7 +240,7 @@ def gelu_backward(
             p_pre=pre,
             p_out=out,
             p_act=out if act is None else act,
-            p_partial=partial,
+            p_partial=out if partial is None else partial,
             M=m,
             N=n,
             rows=rows,
@@ -245,13 +249,14 @@ def gelu_backward(
             stride_gn=grad.stride(2),
             ACTIVATION=activation_code(approximate),
             WRITE_ACT=with_act,
+            WRITE_SUMS=with_sums,
             CHEAP=is_cheap(pre.dtype),
             ACC=accumulator(pre.dtype),
             BM=ROW_TILE,
             BN=COLUMN_TILE,
             num_warps=4,
         )
-    return out, partial.sum(0).to(pre.dtype), act
+    return out, None if partial is None else partial.sum(0).to(pre.dtype), act
 
 
 def join(merged: torch.Tensor, grad: torch.Tensor, windows: Windows, scatter: int, residual: int, out: torch.Tensor) -> None:

@@ -1,75 +1,37 @@
-"""What every kernel in every shipped configuration asks of a GPU, found by compiling ahead of time, without one.
+"""What the kernels ask of a GPU as the operators launch them, found by compiling ahead of time, without one.
 
-``python -m laco_kernels.kernels.resources`` prints the table as JSON, a row a line; ``make resources`` keeps it. It cannot run
-where ``TRITON_INTERPRET=1``.
+The operators run on the meta device, on the widths of the papers' encoders; whatever they launch is compiled by Triton's own
+specialisation for each architecture instead of being run. bfloat16 stands for float16, whose instructions are the same. Widths
+that are no multiple of 16 are slower and may spill; they are not in the table. ``make resources`` keeps what
+``python -m laco_kernels.kernels.resources`` prints, JSON with a row a line. It cannot run where kernels are interpreted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from laco_kernels.kernels import pointwise
-from laco_kernels.kernels.gathered_gemm import HEAVY, TILES, Tile, gathered_gemm_kernel
+from laco_kernels import ops, testing
+from laco_kernels.kernels import passes
+from laco_kernels.ops.cost import Traffic
 
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use, by architecture
-CLOSE_TO_ONE = ("stride_ac", "stride_wk", "stride_rc", "stride_xc", "stride_gc", "stride_gn")  # contiguous channels
-
-_NOTHING: dict[str, Any] = {
-    "SOURCES": 1,
-    "GATHER": 0,
-    "RATIO": 1,
-    "TAPS": 1,
-    "HAS_BIAS": False,
-    "ACTIVATION": 0,
-    "SAVE_PRE": False,
-    "DERIVATIVE": False,
-    "RESIDUAL": 0,
-    "RESIDUAL_GATHER": 0,
-    "SCATTER": 0,
-    "FLAT": True,
-    "PRECISION": "ieee",
-    "EVEN_K": True,
-    "ACC": tl.float32,
-}
-GEMM_MODES: dict[str, dict[str, Any]] = {
-    "gather raster, bias, GELU, save": {
-        "GATHER": 1, "RATIO": 2, "TAPS": 4, "HAS_BIAS": True, "ACTIVATION": 1, "SAVE_PRE": True
-    },
-    "gather block, bias, tanh GELU": {"GATHER": 2, "RATIO": 2, "TAPS": 4, "HAS_BIAS": True, "ACTIVATION": 2},
-    "8 blocks, bias, GELU, save": {"SOURCES": 8, "HAS_BIAS": True, "ACTIVATION": 1, "SAVE_PRE": True},
-    "bias, mean residual": {"RATIO": 2, "FLAT": False, "HAS_BIAS": True, "RESIDUAL": 1, "RESIDUAL_GATHER": 1},
-    "bias, channel-group residual": {"RATIO": 2, "HAS_BIAS": True, "RESIDUAL": 2, "RESIDUAL_GATHER": 1},
-    "dGELU": {"ACTIVATION": 1, "DERIVATIVE": True},
-    "scatter, residual gradient": {"RATIO": 2, "SCATTER": 1, "RESIDUAL": 1},
-    "gather raster, ragged": {
-        "GATHER": 1, "RATIO": 3, "TAPS": 9, "HAS_BIAS": True, "ACTIVATION": 1, "SAVE_PRE": True, "EVEN_K": False
-    },
-}  # fmt: skip
-HEAVY_MODES = ("dGELU", "bias, channel-group residual")
-POINTWISE_MODES: dict[str, tuple[str, dict[str, Any]]] = {
-    "split, mean residual": (
-        "split_kernel", {"RATIO": 2, "GATHER": 1, "WRITE_S": True, "RESIDUAL": 1, "HAS_BIAS": True}
-    ),
-    "split, channel-group residual": (
-        "split_kernel", {"RATIO": 2, "GATHER": 1, "WRITE_S": True, "RESIDUAL": 2, "HAS_BIAS": True}
-    ),
-    "GELU backward": ("gelu_backward_kernel", {"ACTIVATION": 1, "WRITE_ACT": True}),
-    "join, residual gradient": ("join_kernel", {"RATIO": 2, "SCATTER": 1, "RESIDUAL": 1}),
-}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+TILE = ("BM", "BN", "BK", "BC")
 
 
 @dataclass(frozen=True)
@@ -77,79 +39,113 @@ class Resources:
     """One compiled kernel."""
 
     kernel: str
-    mode: str
+    mode: str  # the constants that are not their kind's nothing
     tile: str
-    dtype: str  # "tf32": float32 tensors, products of torch.backends.cuda.matmul.allow_tf32
+    dtype: str  # "tf32": float32 tensors, products of torch.backends.cuda.matmul.fp32_precision = "tf32"
     arch: int
     registers: int  # a thread
     spilled: int  # bytes a thread, on the stack or in local memory
     shared: int  # bytes a block
     matrix_instruction: str
+    first: str  # the operator and the implementation that launched it first
 
 
-def variants(arch: int) -> list[tuple[str, str, str, str, int]]:
-    """Return everything there is to compile for one architecture, as arguments of :func:`measure`."""
-    found = []
-    for tile in TILES:
-        for dtype in ("fp32", "tf32") if tile.startswith("float") else ("bf16", "fp16"):
-            modes = [mode for mode in GEMM_MODES if tile in (HEAVY if mode in HEAVY_MODES else set(TILES) - {"half-heavy"})]
-            if dtype == "fp16":  # the same instructions as bfloat16
-                modes = modes[:1]
-            found += [("gathered_gemm_kernel", mode, tile, dtype, arch) for mode in modes]
-    for mode, (kernel, _) in POINTWISE_MODES.items():
-        found += [(kernel, mode, "", dtype, arch) for dtype in ("bf16", "fp32")]
-    return found
+class _Target:
+    """What Triton asks its driver for when it compiles and does not run."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
 
 
-def measure(kernel: str, mode: str, tile_name: str, dtype: str, arch: int) -> Resources:
-    """Compile one variant and read its resources."""
-    cheap = dtype not in ("fp32", "tf32")
-    precision = {"PRECISION": dtype} if dtype == "tf32" else {}
-    if kernel == "gathered_gemm_kernel":
-        tile = TILES[tile_name]
-        shape = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP_M": tile.group_m}
-        constants = {**_NOTHING, **GEMM_MODES[mode], "CHEAP": cheap, **precision, **shape}
-        compiled = _compile(gathered_gemm_kernel, dtype.replace("tf32", "fp32"), arch, tile, constants)
-    else:
-        shape = {"BM": pointwise.ROW_TILE, "BC": pointwise.COLUMN_TILE, "BN": pointwise.COLUMN_TILE}
-        constants = {**POINTWISE_MODES[mode][1], "CHEAP": cheap, "ACC": tl.float32, **shape}
-        compiled = _compile(getattr(pointwise, kernel), dtype, arch, Tile(0, 0, 0, 4, 3), constants)
-    registers, spilled = _resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    instruction = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "none")
-    return Resources(kernel, mode, tile_name, dtype, arch, registers, spilled, compiled.metadata.shared, instruction)
+def cases() -> list[testing.Case]:
+    """Return operators on the papers' shapes at small and large batches, and every option that has code of its own."""
+    wanted = []
+    for case in testing.LARGE_CASES:
+        wanted += [dataclasses.replace(case, sizes={**case.sizes, "batch": batch}) for batch in (1, 64)]
+    merge, conv = testing.LARGE_CASES[0], testing.LARGE_CASES[4]
+    variants: list[tuple[testing.Case, dict[str, Any]]] = [
+        (merge, {"residual": "channel_group", "prefix_tokens": 1, "approximate": "tanh"}),
+        (merge, {"residual": "channel_group", "layout": "block"}),
+        (merge, {"residual": "none", "layout": "block", "prefix_tokens": 1, "approximate": "tanh"}),
+        (merge, {"ratio": 3}),
+        (merge, {"ratio": 4, "residual": "channel_group"}),
+        (conv, {"kernel_size": 1}),
+        (conv, {"kernel_size": 3, "approximate": "tanh"}),
+    ]
+    return wanted + [dataclasses.replace(case, options={**case.options, **options}) for case, options in variants]
 
 
-def _compile(kernel: Any, dtype: str, arch: int, tile: Tile, constants: dict[str, Any]) -> Any:
-    sources = constants.get("SOURCES", 1)
-    signature: dict[str, Any] = {}
-    constant: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    aligned = [["tt.divisibility", 16]]
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], constant[(i,)] = "constexpr", constants[name]
-        elif name == "p_a":
-            signature[name] = ("*" + dtype,) * sources
-            attributes |= {(i, j): aligned for j in range(sources)}
-        elif name == "stride_ac":
-            signature[name] = ("constexpr",) * sources
-            constant |= {(i, j): 1 for j in range(sources)}
-        elif name in ("stride_ab", "stride_at"):
-            signature[name] = ("i32",) * sources
-            attributes |= {(i, j): aligned for j in range(sources)}
-        elif name in CLOSE_TO_ONE:
-            signature[name], constant[(i,)] = "constexpr", 1
-        elif name.startswith("p_"):
-            signature[name], attributes[(i,)] = "*fp32" if name == "p_partial" else "*" + dtype, aligned
-        else:
-            signature[name] = "i32"
-            if name.startswith("stride") or name in ("N", "channels"):
-                attributes[(i,)] = aligned
-    source = ASTSource(kernel, signature, constant, attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.max_registers}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def measure(arch: int, precision: str) -> list[Resources]:
+    """Compile all that the operators launch in one precision for one architecture; once a process."""
+    driver.set_active(_Target(arch))
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    found: dict[str, Resources] = {}
+    label = ""
+
+    def compile_(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        compiled = kernel.warmup(grid=programs, **arguments)
+        if compiled.hash in found:
+            return
+        registers, spilled = _resource_usage(compiled.asm["cubin"])
+        ptx = compiled.asm["ptx"]
+        instruction = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "none")
+        tile = "x".join(str(arguments[name]) for name in TILE if name in arguments)
+        row = (kernel.fn.__name__, _mode(arguments), tile, precision, arch)
+        found[compiled.hash] = Resources(*row, registers, spilled, compiled.metadata.shared, instruction, label)
+
+    passes.COMPILERS.append(compile_)
+    try:
+        for impl in ("triton",) if precision == "tf32" else ("triton", "composite"):  # the other kernels take no products
+            for case in cases():
+                label = f"{case.op} {impl}"
+                inputs = {name: tensor.requires_grad_() for name, tensor in case.inputs(DTYPES[precision], "meta").items()}
+                with Traffic(impl):
+                    y = case(inputs, None)
+                    y.backward(torch.empty_like(y))
+        if precision != "tf32":
+            label = "tower"
+            with Traffic("triton"):
+                _tower(DTYPES[precision])
+    finally:
+        passes.COMPILERS.remove(compile_)
+    return sorted(found.values(), key=dataclasses.astuple)
+
+
+def _tower(dtype: torch.dtype) -> None:
+    """Run what stands between the products of an encoder layer, at the widths of the four encoders."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
+
+    for channels in (1024, 1152):
+        x, delta, vectors = draw(4, 577, channels), draw(4, 577, channels), [draw(channels) for _ in range(3)]
+        for kind, bias, scale in (("rms", None, None), ("layer", vectors[1], None), ("layer", vectors[1], vectors[2])):
+            total, normed = ops.add_norm(x, delta, vectors[0], bias, scale=scale, kind=kind)
+            torch.autograd.backward([total, normed], [torch.empty_like(total), torch.empty_like(normed)])
+        first = ops.add_norm(x, None, vectors[0], vectors[1])[1]
+        first.backward(torch.empty_like(first))
+    h = draw(4, 577, 5632)
+    for y in (ops.gated_silu(h), *(ops.activate(h, activation=name) for name in ("gelu", "gelu_tanh", "quick_gelu"))):
+        y.backward(torch.empty_like(y))
+
+
+def _mode(arguments: dict[str, Any]) -> str:
+    """Name the constants that a launch sets, leaving out tile, precision and what is off."""
+    left_out = (*TILE, "GROUP_M", "ACC", "CHEAP", "PRECISION")
+    named = {name: value for name, value in arguments.items() if name.isupper() and len(name) > 1 and name not in left_out}
+    return " ".join(name if value is True else f"{name}={value}" for name, value in named.items() if value)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -165,13 +161,14 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def measure_all(archs: tuple[int, ...] = tuple(SHARED_LIMITS)) -> list[Resources]:
-    """Compile every variant for every architecture, two at a time."""
-    todo = [variant for arch in archs for variant in variants(arch)]
-    with ProcessPoolExecutor(2) as pool:
-        return list(pool.map(measure, *zip(*todo, strict=True), chunksize=8))
+    """Compile everything for every architecture, in two processes."""
+    todo = [(arch, precision) for arch in archs for precision in DTYPES]
+    # Each in a process of its own: Triton keeps what it compiled by device, and pretends to have only one.
+    with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), maxtasksperchild=1) as pool:
+        return [row for rows in pool.starmap(measure, todo, chunksize=1) for row in rows]
 
 
 if __name__ == "__main__":
-    found = measure_all(tuple(int(arch) for arch in sys.argv[1:]) or tuple(SHARED_LIMITS))
-    rows = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in found)
-    print(f'{{"triton": "{triton.__version__}", "rows": [\n{rows}\n]}}')
+    table = measure_all(tuple(int(arch) for arch in sys.argv[1:]) or tuple(SHARED_LIMITS))
+    lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in table)
+    print(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}')

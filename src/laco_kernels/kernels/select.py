@@ -5,8 +5,8 @@ An explicit ``impl=`` never falls back. The automatic choice is made by this rul
 1. ``LACO_IMPL`` in the environment, for debugging, is an explicit choice for every call that makes none.
 2. The shipped table (``winners.json``, written by measurement) has rows for this device's name: the winner of the row for
    this operator, direction (forward or backward), dtype and number of output tokens.
-3. It has rows for another device of the same architecture, and ``laco check`` passed here (its verdict lies in the user's
-   cache folder): that device's winner.
+3. It has rows for other devices, and ``laco check`` passed here (its verdict lies in the user's cache folder): the winner on
+   the device of the nearest architecture.
 4. Else the reference. A kernel that was never verified on a GPU of this architecture is never chosen by itself.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -35,6 +34,12 @@ MODULES = {
 }
 IMPLEMENTATIONS = (*MODULES, "cuda")
 OPERATORS = ("patch_merge", "strided_conv_gelu", "multi_block_linear_gelu")
+# The operators inside an encoder have modules of their own.
+TOWER_MODULES = {
+    "reference": "laco_kernels.reference_tower",
+    "triton": "laco_kernels.kernels.tower",
+}
+TOWER_OPERATORS = ("add_norm", "gated_silu", "activate")
 AUTO = "auto"
 TABLE = Path(__file__).with_name("winners.json")
 
@@ -46,9 +51,14 @@ class Choice(NamedTuple):
     reason: str
 
 
+def modules(op: str) -> dict[str, str]:
+    """Return by name the modules that implement ``op``."""
+    return TOWER_MODULES if op in TOWER_OPERATORS else MODULES
+
+
 def interpreted() -> bool:
     """Return whether Triton kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # what Triton takes for yes
 
 
 def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -68,16 +78,18 @@ def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtyp
         return "Triton kernels need an NVIDIA GPU (or TRITON_INTERPRET=1, set before Python starts, to interpret them)"
     if torch.version.hip is not None:
         return "the kernels are verified on NVIDIA GPUs only"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0 (Ampere) or newer"
     if dtype == torch.float64:
         return "the kernels have no float64 on a GPU"
     return None
 
 
-def check(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Validate the public ``impl=`` argument and return what an operator is to be told: a name, or ``"auto"``.
+def check(impl: str | None, device: torch.device, dtype: torch.dtype, op: str = OPERATORS[0]) -> str:
+    """Validate the public ``impl=`` argument of ``op`` and return what it is to be told: a name, or ``"auto"``.
 
     Raises:
-        ValueError: if ``impl`` is no implementation's name.
+        ValueError: if ``impl`` is no implementation's name, or ``op`` has none of that name.
         RuntimeError: if the implementation asked for cannot run here.
     """
     name = "impl"
@@ -86,9 +98,10 @@ def check(impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
         name = "LACO_IMPL"
         if impl is None:
             return AUTO
-    if impl not in IMPLEMENTATIONS:
-        names = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(complaint(name, repr(impl), f"None or one of {names}", "Leave it out for the automatic choice"))
+    known = TOWER_MODULES if op in TOWER_OPERATORS else IMPLEMENTATIONS
+    if impl not in known:
+        expected = f"None or one of {', '.join(map(repr, known))}" + (f" for {op}" if op in TOWER_OPERATORS else "")
+        raise ValueError(complaint(name, repr(impl), expected, "Leave it out for the automatic choice"))
     if reason := unavailable(impl, device, dtype):
         raise RuntimeError(complaint(name, repr(impl), f"an implementation that can run, but {reason}", "Leave it out"))
     return impl
@@ -101,7 +114,7 @@ def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int) -> M
     """
     if impl == AUTO:
         impl = choose(op, direction, like.device, like.dtype, rows).impl
-    return importlib.import_module(MODULES[impl])
+    return importlib.import_module(modules(op)[impl])
 
 
 def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
@@ -112,16 +125,14 @@ def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, ro
     if not table:
         return Choice("reference", "no kernel has been measured on a GPU yet")
     name = torch.cuda.get_device_name(device)
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     source, entries = name, table.get(name)
     if entries is None:
-        akin = [other for other, entry in table.items() if entry["capability"] == capability]
-        if not akin:
-            return Choice("reference", f"no kernel has been measured on a GPU of capability {capability}")
         if not passed(name, op, str(dtype)):
             return Choice("reference", f"`laco check` has not passed for {op} in {dtype} on this {name}")
-        source, entries = akin[0], table[akin[0]]
-    for row in entries["rows"]:
+        here = float(".".join(map(str, torch.cuda.get_device_capability(device))))
+        source = min(table, key=lambda other: abs(float(table[other]["capability"]) - here))
+        entries = table[source]
+    for row in sorted(entries["rows"], key=lambda row: row["up_to"]):
         wanted = (op, direction, str(dtype).removeprefix("torch."))
         if (row["op"], row["direction"], row["dtype"]) == wanted and rows <= row["up_to"]:
             if reason := unavailable(row["impl"], device, dtype):
@@ -143,19 +154,26 @@ def verdict_file() -> Path:
     return cache / "laco_kernels" / "verdicts.json"
 
 
+@functools.cache
 def _verdict_key(device_name: str, op: str, dtype: str) -> str:
-    versions = [f"{package} {importlib.metadata.version(package)}" for package in ("laco_kernels", "torch", "triton")]
+    # Not from the distributions' metadata: Triton comes under several names.
+    modules = [importlib.import_module(name) for name in ("laco_kernels", "torch", "triton")]
+    versions = [f"{module.__name__} {module.__version__}" for module in modules]
     return ", ".join([device_name, op, dtype.removeprefix("torch."), *versions])
 
 
 def passed(device_name: str, op: str, dtype: str) -> bool:
     """Return whether ``laco check`` passed for ``op`` and ``dtype`` here, with these versions of everything."""
-    return _verdicts().get(_verdict_key(device_name, op, dtype)) is True
+    try:
+        return _verdicts().get(_verdict_key(device_name, op, dtype)) is True
+    except ImportError:  # without Triton nothing was checked
+        return False
 
 
 def record(device_name: str, op: str, dtype: str, *, ok: bool) -> None:
     """Keep a verdict of ``laco check``; a cache folder that cannot be written to keeps none."""
     file = verdict_file()
+    _verdicts.cache_clear()  # another process may have written since
     verdicts = {**_verdicts(), _verdict_key(device_name, op, dtype): ok}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

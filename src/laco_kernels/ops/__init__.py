@@ -1,6 +1,8 @@
 """The public operators: one validated door each in front of the implementations."""
 
 from laco_kernels.ops import library
+from laco_kernels.ops.activation import activate, gated_silu
+from laco_kernels.ops.add_norm import add_norm
 from laco_kernels.ops.block_fusion import multi_block_linear_gelu
 from laco_kernels.ops.patch_merge import patch_merge
 from laco_kernels.ops.strided_conv import strided_conv_gelu
@@ -9,4 +11,12 @@ from laco_kernels.ops import cost  # isort: skip  # counts the operators registe
 
 library.know_sharding()
 
-__all__ = ["cost", "multi_block_linear_gelu", "patch_merge", "strided_conv_gelu"]
+__all__ = [
+    "activate",
+    "add_norm",
+    "cost",
+    "gated_silu",
+    "multi_block_linear_gelu",
+    "patch_merge",
+    "strided_conv_gelu",
+]

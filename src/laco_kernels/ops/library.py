@@ -7,6 +7,7 @@ see both; it has no derivative and says so.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +29,46 @@ def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> N
     BODIES[name] = body
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, body, key)
+        LIBRARY.impl(name, _without_autocast(body, key.lower()), key)
     torch.library.register_fake(f"laco::{name}", fake, lib=LIBRARY)
 
 
-def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give ``laco::<name>`` its derivative, and ``laco::<name>_backward`` a refusal to be differentiated."""
+def _without_autocast(body: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Return ``body`` as it runs outside autocast: the public wrapper has cast its arguments, the rest is ours to decide."""
 
-    def prepare(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    @functools.wraps(body)
+    def plain(*inputs: Any) -> Any:
+        if not torch.is_autocast_enabled(kind):
+            return body(*inputs)
+        with torch.autocast(kind, enabled=False):
+            return body(*inputs)
+
+    return plain
+
+
+def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any], *, results: int = 1) -> None:
+    """Give ``laco::<name>`` its derivative, and ``laco::<name>_backward`` a refusal to be differentiated.
+
+    The first ``results`` outputs have gradients, which ``backward`` gets; those behind them are kept for it and have none.
+    """
+
+    def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Else every backward pass would fill a tensor of zeros for the pre-activation.
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*(output[results:] if isinstance(output, tuple) else ()))
         setup_context(ctx, inputs, output)
 
-    def differentiated(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[Any, ...]:
-        if grad is None:
+    def differentiated(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads[:results]):
             return tuple([None] * len(needs) if isinstance(needs, (list, tuple)) else None for needs in ctx.needs_input_grad)
-        return backward(ctx, grad)
+        return backward(ctx, *grads[:results])
 
     torch.library.register_autograd(f"laco::{name}", differentiated, setup_context=prepare, lib=LIBRARY)
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
             f"laco::{name}: got a second derivative, expected first derivatives only. Call backward without create_graph=True, "
-            f"or use laco_kernels.reference, which is differentiable to any order."
+            f"or use {select.modules(name)['reference']}, which is differentiable to any order."
         )
 
     torch.library.register_autograd(f"laco::{name}_backward", refuse, lib=LIBRARY)
@@ -73,10 +90,11 @@ def run_backward(
     name: str, impl: str, grad: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], options: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
     """Run ``<name>_backward`` of an implementation on what :func:`run_forward` saved."""
-    pre = saved[1]
+    x, pre, *weights = saved
     module = select.load(impl, name, "backward", pre, pre.shape[0] * pre.shape[1])
-    # Gradients arrive expanded and sliced.
-    return present(getattr(module, f"{name}_backward")(grad.contiguous(), *saved, needs, **options), pre)
+    # Gradients arrive expanded and sliced, and what was saved comes back from hooks in strides of their choice.
+    arguments = (grad.contiguous(), x, pre.contiguous(), *weights)
+    return present(getattr(module, f"{name}_backward")(*arguments, needs, **options), pre)
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> None:
@@ -92,7 +110,7 @@ def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> No
     ):
         raise RuntimeError(
             f"laco_kernels.{name}: got a forward-mode derivative (torch.autograd.forward_ad, torch.func.jvp), expected "
-            f"reverse mode. Use laco_kernels.reference, which has forward-mode derivatives."
+            f"reverse mode. Use {select.modules(name)['reference']}, which has forward-mode derivatives."
         )
 
 

@@ -5,7 +5,8 @@ imported by anyone (:func:`laco_kernels.ops.library.know_sharding`), so that imp
 code that calls ``torch.ops.laco`` on a ``DTensor`` itself imports this module first.
 
 DTensor caches what it infers from an operator's fake, and of the arguments that are no tensors it looks at those from the
-first ``int`` on. So in every schema an ``int`` comes first after the tensors, and ``needs`` and ``save`` last.
+first ``int`` on, which a ``ScalarType`` is too. So in every schema where these decide shapes or dtypes of the outputs, an
+``int`` comes first after the tensors, and ``needs`` and ``save`` last.
 """
 
 from __future__ import annotations
@@ -56,12 +57,42 @@ def _fusion(xs: Any, weight: Any, bias: Any, *_: Any) -> Any:
     return rules(2, 0, len(xs), 1 + (bias is not None))
 
 
+def _norm(x: Any, delta: Any, weight: Any, bias: Any, scale: Any, *_: Any) -> Any:
+    return _with_batch(x, rules(4, 0, 1 + (delta is not None), 1 + (bias is not None) + (scale is not None)))
+
+
+def _norm_backward(
+    dtotal: Any, dnormed: Any, total: Any, delta: Any, mean: Any, rstd: Any, weight: Any, scale: Any, *_: Any
+) -> Any:
+    activations = 3 + sum(tensor is not None for tensor in (dtotal, delta, mean))
+    return _with_batch(total, rules(2, 3, activations, 1 + (scale is not None)))
+
+
+def _activation(h: Any, *_: Any) -> Any:
+    return _with_batch(h, rules(1, 0, 1, 0))
+
+
+def _activation_backward(grad: Any, h: Any, *_: Any) -> Any:
+    return _with_batch(h, rules(1, 0, 2, 0))
+
+
+def _with_batch(x: Any, placements: list[Any]) -> list[Any]:
+    """Leave the batch-sharded placements out where the only dimension of ``x`` is its channels."""
+    return placements[: 2 if x.ndim > 1 else 1]
+
+
 RULES = {
     "patch_merge": _merge,
     "patch_merge_backward": _merge_backward,
     "strided_conv_gelu": _conv,
     "strided_conv_gelu_backward": _conv_backward,
     "multi_block_linear_gelu": _fusion,
+    "add_norm": _norm,
+    "add_norm_backward": _norm_backward,
+    "gated_silu": _activation,
+    "gated_silu_backward": _activation_backward,
+    "activate": _activation,
+    "activate_backward": _activation_backward,
 }
 for _name, _rule in RULES.items():
     register_sharding(getattr(torch.ops.laco, _name).default)(_rule)
