@@ -74,7 +74,7 @@ def test_bench_all_resumes(tmp_path):
     assert "6 measured, 0 measured before, 0 left" in first.stdout
     (folder,) = tmp_path.iterdir()
     rows = Results.open(folder).rows
-    assert {row.suite for row in rows.values()} == {"ops", "vec", "sweep"}
+    assert {row.suite for row in rows.values()} == {"tiny"}, "kept out of tables and reports"
     second = laco(*arguments)
     assert "0 measured, 6 measured before, 0 left" in second.stdout
     assert Results.open(folder).rows == rows
@@ -133,6 +133,14 @@ def test_a_failed_check_is_exit_code_1_and_no_time(monkeypatch):
     assert line.split() == ["eager-conv", "-", "-", "-", "-", "-", "NO"]
 
 
+def test_a_compiled_backward_pass_is_timed():
+    done = laco(*OPS[:-1], "eager,compile", "--filter", "patch_merge tiny-aimv2-l-336 batch=4 hidden=16 backward", "--json")
+    (row,) = [row for row in json.loads(done.stdout)["rows"] if row["variant"] == "compile"]
+    assert row["values"]["reason"] is None
+    assert row["values"]["timings"]
+    assert row["suite"] == "tiny"
+
+
 @pytest.fixture
 def gpu_results(tmp_path):
     folder = tmp_path / "results" / "nvidia-h200"
@@ -161,7 +169,15 @@ def test_compare_finds_a_regression(gpu_results, tmp_path):
     done = laco("bench", "compare", gpu_results, tmp_path / "later")
     assert done.exit_code == 1
     assert "SLOWER 0.833x" in done.stdout
-    assert "2 rows, 1 slower; geometric mean 0.913x" in done.stdout
+    assert "2 rows, 1 slower, 0 missing; geometric mean 0.913x" in done.stdout
+    (tmp_path / "fewer").mkdir()
+    fewer = Results.open(tmp_path / "fewer")
+    fewer.add([op_row("eager", 100, environment=fewer.begin(GPU))])
+    gone = laco("bench", "compare", gpu_results, tmp_path / "fewer")
+    assert (gone.exit_code, "MISSING triton" in gone.stdout) == (1, True)
+    other = Results.open(tmp_path / "other")
+    other.add([op_row("eager", 100, environment=other.begin({**GPU, "device": "NVIDIA A100"}))])
+    assert "NVIDIA A100 against NVIDIA H200" in laco("bench", "compare", gpu_results, tmp_path / "other").stderr
     same = laco("bench", "compare", gpu_results / FILE, gpu_results, "--json")
     assert same.exit_code == 0
     assert [change["ratio"] for change in json.loads(same.stdout)] == [1.0, 1.0]

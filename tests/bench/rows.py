@@ -12,7 +12,7 @@ def spread(median, reach):
         "p80": median + reach / 2,
         "low": median - reach,
         "high": median + reach,
-        "rounds": 9,
+        "rounds": 20,
     }
 
 

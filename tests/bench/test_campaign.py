@@ -28,7 +28,7 @@ def units(clock, *costs, suite="ops", log=None):
             clock.time += cost
             return [({"case": i}, "eager", VALUES)]
 
-        return Unit(f"unit {i}", suite, ({"case": i},), measure)
+        return Unit(f"unit {i}", suite, ({"case": i},), measure, ("eager",))
 
     return [unit(i, cost) for i, cost in enumerate(costs)]
 
@@ -57,7 +57,7 @@ def test_what_was_measured_is_skipped_and_a_killed_run_goes_on(tmp_path):
 
     first = units(clock, 1, 1, log=log)
     with pytest.raises(KeyboardInterrupt):
-        run([first[0], Unit("x", "ops", ({"case": "x"},), killed), first[1]], results, name, CPU, now=clock)
+        run([first[0], Unit("x", "ops", ({"case": "x"},), killed, ("eager",)), first[1]], results, name, CPU, now=clock)
     assert len(Results.open(tmp_path).rows) == 1
     results, name = opened(tmp_path)
     report = run(first, results, name, CPU, now=clock)
@@ -80,7 +80,7 @@ def test_a_unit_that_breaks_is_named_and_the_rest_goes_on(tmp_path):
 
     clock = Clock()
     results, name = opened(tmp_path)
-    todo = [Unit("bad", "ops", ({"case": "bad"},), broken), *units(clock, 1)]
+    todo = [Unit("bad", "ops", ({"case": "bad"},), broken, ("eager",)), *units(clock, 1)]
     report = run(todo, results, name, CPU, now=clock)
     assert report.failed == {"bad": "RuntimeError: no kernel image"}
     assert report.measured == ["unit 0"]
@@ -93,8 +93,17 @@ def test_a_device_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(campaign, "_answers", lambda _: False)
     clock = Clock()
     results, name = opened(tmp_path)
-    report = run([Unit("bad", "ops", ({"case": "bad"},), broken), *units(clock, 1, 1)], results, name, CPU, now=clock)
+    report = run(
+        [Unit("bad", "ops", ({"case": "bad"},), broken, ("eager",)), *units(clock, 1, 1)], results, name, CPU, now=clock
+    )
     assert report.left == ["unit 0", "unit 1"]
+    assert report.lost
+    (row,) = Results.open(tmp_path).rows.values()
+    assert row.values["reason"].startswith("RuntimeError: CUDA error: an illegal")
+    again = run(
+        [Unit("bad", "ops", ({"case": "bad"},), broken, ("eager",)), *units(clock, 1, 1)], results, name, CPU, now=clock
+    )
+    assert again.skipped == ["bad"], "a new run goes on behind it"
 
 
 def test_the_plan_begins_with_the_goals_then_encoders_then_what_grows():
@@ -102,12 +111,11 @@ def test_the_plan_begins_with_the_goals_then_encoders_then_what_grows():
     suites = [unit.suite for unit in plan]
     assert suites[:10] == ["ops"] * 10
     assert suites[10:15] == ["vec"] * 5
-    assert set(suites[15:28]) == {"sweep"}
-    assert set(suites[28:]) == {"ops"}
+    assert [unit.kind for unit in plan[15:25]] == ["max-autotune"] * 10
+    assert "backward" in {unit.cases[0]["direction"] for unit in plan[25:40]}, "what the selection needs comes early"
     names = [unit.name for unit in plan]
-    assert len(set(names)) == len(names) == 168 + 5 + 13
-    cases = [str(case) for unit in plan for case in unit.cases]
-    assert len(set(cases)) == len(cases)
+    assert len(set(names)) == len(names) == 168 + 10 + 5 + 13
+    assert suites.count("sweep") == 13
 
 
 def test_the_cases_furthest_from_their_goal_are_found():

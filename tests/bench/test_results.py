@@ -8,6 +8,8 @@ from laco_kernels.bench import compare as comparing
 from laco_kernels.bench.results import FILE, Results, Row, folder_name
 from tests.bench.rows import spread
 
+NEGATIVE = '{"low": -1, "median": 1, "high": 2}'
+
 
 def row(variant="eager", commit="a", batch=1, environment="e", **values):
     return Row("ops", {"op": "x", "batch": batch}, variant, {"ok": True, "timings": {}, **values}, environment, commit)
@@ -25,7 +27,7 @@ def test_rows_come_back_as_they_were(tmp_path):
     again = Results.open(tmp_path / "new" / "folder")
     assert again.rows == results.rows
     assert again.environments == {name: {"date": "2026-01-01", "device": "cpu"}}
-    assert [path.name for path in results.file.parent.iterdir()] == [FILE], "nothing else is left lying there"
+    assert {path.name for path in results.file.parent.iterdir()} == {FILE, ".lock"}, "nothing else is left lying there"
 
 
 def test_the_same_row_replaces_itself_and_another_commit_stays_beside_it(tmp_path):
@@ -57,13 +59,27 @@ def test_the_latest_row_of_a_case_is_the_one_measured_last(tmp_path):
         (lambda lines: lines[1:], 1),
         (lambda lines: [lines[0], lines[1].replace('"ops"', "7"), lines[2]], 2),
         (lambda lines: [lines[0], lines[1].replace('"timings": {}', '"timings": 3')], 2),
+        (lambda lines: [lines[0], lines[1].replace('"timings": {}', '"timings": {"wall": {"median": 1}}')], 2),
+        (lambda lines: [lines[0], lines[1].replace('"timings": {}', f'"timings": {{"wall": {NEGATIVE}}}')], 2),
+        (lambda lines: [*lines, '"\udcff"'], 4),
     ],
-    ids=["truncated", "empty line", "no object", "no row", "no environment", "no suite", "no timings"],
+    ids=[
+        "truncated",
+        "empty line",
+        "no object",
+        "no row",
+        "no environment",
+        "no suite",
+        "no timings",
+        "no median",
+        "negative",
+        "no text",
+    ],
 )
 def test_a_damaged_file_is_named_and_left_alone(tmp_path, damage, number):
     filled(tmp_path)
     file = tmp_path / FILE
-    file.write_text("\n".join(damage(file.read_text().splitlines())))
+    file.write_text("\n".join(damage(file.read_text().splitlines())), errors="surrogateescape")
     before = file.read_bytes()
     with pytest.raises(ValueError, match=rf"results: got .* in line {number} of .*{FILE}.*nothing was changed"):
         Results.open(tmp_path)
@@ -73,10 +89,11 @@ def test_a_damaged_file_is_named_and_left_alone(tmp_path, damage, number):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     results, name = filled(tmp_path)
     before = results.file.read_bytes()
-    with pytest.raises(TypeError):
-        results.add([row(environment=name, error=object())])
+    for value in (object(), float("inf")):
+        with pytest.raises((TypeError, ValueError)):
+            results.add([row(environment=name, error=value)])
     assert results.file.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, ".lock"}
 
 
 def test_without_a_file_nothing_is_kept(tmp_path, monkeypatch):
@@ -85,6 +102,24 @@ def test_without_a_file_nothing_is_kept(tmp_path, monkeypatch):
     results.add([row(environment=results.begin({}))])
     assert len(results.rows) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_into_one_folder_lose_nothing(tmp_path):
+    one, two = Results.open(tmp_path), Results.open(tmp_path)
+    names = [results.begin({"date": f"run {i}"}) for i, results in enumerate((one, two))]
+    one.add([row("eager", environment=names[0])])
+    two.add([row("triton", environment=names[1])])
+    one.add([row("compile", environment=names[0])])
+    found = Results.open(tmp_path)
+    assert {entry.variant for entry in found.rows.values()} == {"eager", "triton", "compile"}
+    assert set(found.environments) == set(names)
+
+
+def test_a_row_without_rivals_replaces_none_with_a_ratio(tmp_path):
+    results, name = filled(tmp_path)
+    results.add([row(environment=name, ratio_eager={"median": 2.0})])
+    results.add([row(environment=name)])
+    assert Results.open(tmp_path).rows[row(environment=name).key].values["ratio_eager"] == {"median": 2.0}
 
 
 def test_unused_environments_are_not_kept(tmp_path):

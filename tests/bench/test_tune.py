@@ -8,7 +8,7 @@ import pytest
 from laco_kernels.bench import tune
 from laco_kernels.bench.results import Results, device_folders
 from laco_kernels.kernels import select
-from tests.bench.rows import GPU, op_row
+from tests.bench.rows import GPU, op_row, spread
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,8 @@ def chosen(rows):
         ({"eager": 100, "composite": 90, "triton": 88}, "composite"),  # 2.3 % faster than something simpler
         ({"eager": 100, "composite": 98, "triton": 101}, "reference"),
         ({"eager": 100, "composite": 120, "triton": 90, "cuda": 70}, "cuda"),
+        ({"eager": 100, "composite": 98, "triton": 96.5}, "reference"),  # each little faster than the one before
+        ({"eager": 100, "eager-conv": 60, "triton": 90}, "reference"),
         ({"eager": 100, "eager-conv": 50, "compile": 40, "products": 30}, "reference"),
         ({"triton": 10}, "reference"),
     ],
@@ -90,3 +92,32 @@ def test_the_shipped_table_is_made_of_the_rows_on_record():
     folders = device_folders(ROOT / "benchmarks" / "results")
     expected = tune.table(Results.open(folder) for folder in folders)
     assert select.TABLE.read_text() == tune.dumps(expected), "run `laco tune`"
+
+
+def test_a_choice_that_is_slower_cold_is_none():
+    rows = times(eager=100, triton=50)
+    results = Results(None)
+    name = results.begin(GPU)
+    for row in rows:
+        found = op_row(environment=name, **row)
+        found.values["timings"]["cold"] = spread({"eager": 120, "triton": 121}[row["variant"]], 1)
+        results.add([found])
+    assert tune.winners(results.latest())[0]["impl"] == "reference"
+
+
+@pytest.mark.parametrize(("commit", "rounds", "impl"), [("c", 10, "triton"), ("c", 9, "reference"), ("c*", 10, "reference")])
+def test_few_rounds_and_changed_checkouts_choose_nothing(commit, rounds, impl):
+    results = Results(None)
+    name = results.begin(GPU)
+    for row in times(eager=100, triton=50):
+        found = op_row(environment=name, commit=commit, **row)
+        found.values["timings"]["graph"]["rounds"] = rounds
+        results.add([found])
+    assert [bucket["impl"] for bucket in tune.winners(results.latest())] == ([impl] if commit == "c" else [])
+
+
+def test_rows_of_different_runs_are_not_compared():
+    results = Results(None)
+    first, second = (results.begin({**GPU, "date": date}) for date in ("2026-01-01", "2026-01-02"))
+    results.add([op_row("eager", 100, environment=first), op_row("triton", 50, environment=second)])
+    assert tune.winners(results.latest())[0]["impl"] == "reference"

@@ -75,14 +75,23 @@ def test_a_captured_graph_replays_forward_and_backward(case, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_than_two_to_the_thirty_first_elements(impl):
-    # 2.2e9 elements of x; the last image must come out as it does alone.
+    # 2.2e9 elements of x; output and gradient of the last image must be what they are alone, within the promise.
     case = Case("patch_merge", {"batch": 2100, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})
-    small = Case("patch_merge", {"batch": 1, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})
-    inputs = small.inputs(torch.bfloat16, "cuda")
-    x = torch.zeros(2100, 1024, 1024, dtype=torch.bfloat16, device="cuda")
-    x[-1] = inputs["x"][0]
-    with torch.no_grad():
-        assert torch.equal(case({**inputs, "x": x}, impl)[-1], small(inputs, impl)[0])
+    alone = Case("patch_merge", {"batch": 1, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})
+    inputs = alone.inputs(torch.bfloat16, "cuda")
+    grad = torch.randn(1, 256, 1024, device="cuda").bfloat16()
+    x, wide = (torch.zeros(2100, n, 1024, dtype=torch.bfloat16, device="cuda") for n in (1024, 256))
+    x[-1], wide[-1] = inputs["x"][0], grad[0]
+    leaf = x.requires_grad_()
+    y = case({**inputs, "x": leaf}, impl)
+    (dx,) = torch.autograd.grad(y, leaf, wide)
+    exact, eager = (
+        {name: tensor.double() for name, tensor in inputs.items()},
+        testing.gradients(alone, inputs, "reference", grad),
+    )
+    truth = testing.gradients(alone, exact, "reference", grad.double())
+    for name, found in (("y", y[-1:]), ("dx", dx[-1:])):
+        assert testing.compare(found.detach(), eager[name], truth[name], [])[2], name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from laco_kernels.bench import op_cases, operators
 from laco_kernels.bench.environment import clocks, environment
 from laco_kernels.bench.gpu_timing import ceilings
-from laco_kernels.bench.op_variants import OURS
+from laco_kernels.bench.op_variants import AUTOTUNE, OURS
 from laco_kernels.bench.results import Row
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     Measured = list[tuple[Case, str, dict[str, Any]]]  # case, variant, values
 
 
+UNKNOWN = 20.0  # seconds that the first unit of a kind is expected to take
+
+
 @dataclass(frozen=True)
 class Unit:
     """One interleaved run: which rows it makes, and how."""
@@ -37,6 +40,8 @@ class Unit:
     suite: str
     cases: tuple[Case, ...]
     measure: Callable[[], Measured]
+    variants: tuple[str, ...] = ()  # that it is to have rows of
+    kind: str = ""  # units of one kind take about as long as each other
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)  # measured before at this commit
     left: list[str] = field(default_factory=list)  # no time for them
     failed: dict[str, str] = field(default_factory=dict)
+    lost: bool = False  # the device no longer answers this process
     rows: list[Row] = field(default_factory=list)
 
 
@@ -60,15 +66,18 @@ def op_unit(
     rounds: int | None = None,
     seconds: float = 1.0,
 ) -> Unit:
-    """Return the run of one operator's case; max-autotune competes where a goal is set, and everywhere with ``autotune``."""
+    """Return the run of one operator's case; max-autotune competes with ``autotune``, or where it is among ``variants``."""
+    able = operators.names(case, device, variants, autotune=autotune)
 
     def measure() -> Measured:
-        tune = autotune or case.goal is not None
-        rivals = operators.contenders(case, device, variants, autotune=tune)
+        rivals = operators.contenders(case, device, able)
         values = operators.measure_case(case, device, rivals, ceilings=limits, rounds=rounds, seconds=seconds)
         return [(case.facts, name, found) for name, found in values.items()]
 
-    return Unit(str(case), "sweep" if case.sweep else "ops", (case.facts,), measure)
+    suite = "tiny" if case.encoder.startswith("tiny-") else "sweep" if case.sweep else "ops"
+    kind = "max-autotune" if AUTOTUNE in able else "ops"
+    name = f"{case} with max-autotune" if AUTOTUNE in able else str(case)
+    return Unit(name, suite, (case.facts,), measure, tuple(able), kind)
 
 
 def plan(
@@ -81,19 +90,24 @@ def plan(
     rounds: int | None = None,
     seconds: float = 1.0,
 ) -> list[Unit]:
-    """Return every unit, the most telling first: operators with a goal, encoders, sweeps, the other operators."""
+    """Return every unit, the most telling first: operators with a goal, encoders, the goals again with max-autotune, the
+    shapes of the goals in other directions, sweeps, the other operators.
+    """
     from laco_kernels.bench.vec_units import vec_units
 
+    options: dict[str, Any] = {"limits": limits, "rounds": rounds, "seconds": seconds}
     ops, sweeps = op_cases.op_cases(dtype), op_cases.sweep_cases(dtype)
     if small:
         ops, sweeps = op_cases.tiny(ops)[:3], op_cases.tiny(sweeps)[:2]
-    options: dict[str, Any] = {"limits": limits, "rounds": rounds, "seconds": seconds}
     units = [op_unit(case, device, autotune=autotune, **options) for case in ops]
     first = [i for i, case in enumerate(ops) if case.goal is not None]
+    shapes = {replace(ops[i], direction="forward") for i in first}
+    akin = [i for i, case in enumerate(ops) if i not in first and replace(case, direction="forward") in shapes]
+    again = [op_unit(ops[i], device, autotune=True, **options) for i in first if not (autotune or small)]
     encoders = vec_units(device, dtype, small=small, rounds=rounds, seconds=8 * seconds)
     growing = [op_unit(case, device, **options) for case in sweeps]
-    rest = [unit for i, unit in enumerate(units) if i not in first]
-    return [*(units[i] for i in first), *encoders, *growing, *rest]
+    rest = [unit for i, unit in enumerate(units) if i not in first and i not in akin]
+    return [*(units[i] for i in first), *encoders, *again, *(units[i] for i in akin), *growing, *rest]
 
 
 def begin(
@@ -123,22 +137,23 @@ def run(
 ) -> Report:
     """Measure the units in turn and keep their rows, until ``budget`` seconds would not suffice for the next one.
 
-    A unit is expected to take as long as the longest of its suite so far. One that was measured before at this commit on a
-    clean checkout is skipped; one that breaks is named, and the rest goes on.
+    A unit is expected to take as long as the longest of its kind so far, twenty seconds where there was none. One that has all
+    its rows at this commit on a clean checkout is skipped; one that breaks is named, and the rest goes on. One after which the
+    device no longer answers keeps that as its rows' reason, so that a new run goes on behind it.
     """
     report, begun = Report(), now()
     longest: dict[str, float] = {}
     block = results.environments[name]
     commit = block["commit"]
-    known = {_unit_key(row.suite, row.case, row.commit) for row in results.rows.values()}
+    known = {row.key for row in results.rows.values()}
     queue = list(units)
     for i, unit in enumerate(queue):
-        keys = [_unit_key(unit.suite, case, commit) for case in unit.cases]
+        keys = [Row(unit.suite, case, name_, {}, "", commit).key for case in unit.cases for name_ in unit.variants]
         if not str(commit).endswith("*") and all(key in known for key in keys):
             report.skipped.append(unit.name)
             continue
         start = now()
-        if budget is not None and start - begun + longest.get(unit.suite, 0.0) > budget:
+        if budget is not None and start - begun + longest.get(unit.kind, UNKNOWN) > budget:
             report.left.append(unit.name)
             continue
         on_unit(unit.name, i / len(queue))
@@ -148,9 +163,14 @@ def run(
             report.failed[unit.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if not _answers(device):
                 report.left += [later.name for later in queue[i + 1 :]]
+                report.lost = True
+                empty = {**operators.EMPTY, "reason": report.failed[unit.name]}
+                results.add(
+                    Row(unit.suite, case, variant, empty, name, commit) for case in unit.cases for variant in unit.variants
+                )
                 return report
             continue
-        longest[unit.suite] = max(longest.get(unit.suite, 0.0), now() - start)
+        longest[unit.kind] = max(longest.get(unit.kind, 0.0), now() - start)
         rows = [Row(unit.suite, case, variant, values, name, commit) for case, variant, values in measured]
         block["clocks_after"] = clocks(device)
         results.add(rows)

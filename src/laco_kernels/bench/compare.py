@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.bench.gpu_timing import COLD, GRAPH, WALL
+from laco_kernels.bench.op_variants import OURS
 
 if TYPE_CHECKING:
     from laco_kernels.bench.results import Results, Row
@@ -25,6 +26,11 @@ class Change:
     low: float  # worst and best that the intervals of both medians allow
     high: float
     broke: bool = False  # had a time, has none now
+
+    @property
+    def counts(self) -> bool:
+        """Whether the row is of this library: an encoder, or one of its implementations of an operator."""
+        return self.suite == "vec" or self.variant in OURS
 
     def is_slower(self, tolerance: float) -> bool:
         """Whether it lost more than ``tolerance`` (a fraction) beyond what both intervals allow."""
@@ -50,6 +56,12 @@ def compare(old: Results, new: Results) -> list[Change]:
                 found.append(Change(*facts, kind, ratio, was["low"] / now["high"], was["high"] / now["low"]))
                 break
     return sorted(found, key=lambda change: change.ratio)
+
+
+def missing(old: Results, new: Results) -> list[Row]:
+    """Return the timed rows of ``old`` that ``new`` does not have."""
+    there = {_key(row) for row in new.latest()}
+    return [row for row in old.latest() if row.values["timings"] and _key(row) not in there]
 
 
 def overall(changes: list[Change]) -> float:

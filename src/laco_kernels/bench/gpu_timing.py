@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,38 +15,51 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 WALL, COLD, GRAPH = "wall", "cold", "graph"
-REPLAY_MS = 1.0  # a replayed graph holds as many calls as fit into about this
+REPLAY_MS, MOST_CALLS = 1.0, 50  # a replayed graph holds as many calls as fit into about this
+SLEEP_CYCLES = 1_000_000  # half a millisecond, in which a processor launches everything that is timed
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache holds
 
 
 class Replay:
     """Some calls in a row, captured as one CUDA graph; ``milliseconds`` is the time of one of them."""
 
-    def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
+    def __init__(self, make: Callable[[], Callable[[], object]], device: torch.device) -> None:
         """Capture what ``make`` returns; it is made on the stream that captures, where its backward pass then runs too."""
+        before = torch.cuda.current_stream()
+        gc.collect()  # else it may free something while the graph is captured
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call = make()
-            for _ in range(3):
-                call()
-            side.synchronize()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(side)
-            call()
-            stop.record(side)
-            side.synchronize()
-            self.calls = min(max(round(REPLAY_MS / max(start.elapsed_time(stop), 1e-3)), 1), 50)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=side):
-            for _ in range(self.calls):
-                call()
+        side.wait_stream(before)
+        try:
+            with torch.cuda.stream(side):
+                call = make()
+                for _ in range(3):
+                    call()
+                side.synchronize()
+            self.calls = 1
+            self.graph = self._capture(call, side)
+            # A replay is timed, not a call: that would be the time of launching it.
+            wanted = round(REPLAY_MS / max(self.milliseconds(device), 1e-3))
+            if wanted > 1:
+                self.calls = min(wanted, MOST_CALLS)
+                self.graph = self._capture(call, side)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves the other one behind
         self.kept = call  # what the graph reads must live as long as it does
 
+    def _capture(self, call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(self.calls):
+                call()
+        return graph
+
     def milliseconds(self, device: torch.device) -> float:
-        """Replay once."""
-        return milliseconds(self.graph.replay, device) / self.calls
+        """Time one replay behind another one, during which it is launched."""
+        torch.cuda.synchronize(device)
+        self.graph.replay()
+        start = stamp(device)
+        self.graph.replay()
+        return between(start, stamp(device)) / self.calls
 
 
 class Clock:
@@ -57,7 +71,7 @@ class Clock:
         self.reason: str | None = None
         if device.type == "cuda":
             try:
-                self.replay = Replay(make)
+                self.replay = Replay(make, device)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what synchronises cannot be captured
@@ -74,6 +88,7 @@ class Clock:
         taken = {}
         if self.replay is not None:
             taken[GRAPH] = 1e3 * self.replay.milliseconds(self.device)
+        torch.cuda._sleep(SLEEP_CYCLES)
         flush.zero_()
         start = stamp(self.device)
         self.call()
@@ -86,13 +101,13 @@ def rounds_of(
 ) -> dict[str, dict[str, list[float]]]:
     """Time the variants in turn, round after round; microseconds by variant and kind.
 
-    ``rounds`` of them, or as many as ``seconds`` allow: at least 5, at most 200. Every other round goes backwards, so that
-    what runs before a variant does not always do so.
+    ``rounds`` of them, or as many as ``seconds`` allow: at least 6, from which on an interval means something, at most 200.
+    Every other round goes backwards, so that what runs before a variant does not always do so.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in clocks}
     begin = time.perf_counter()
-    least, most = (rounds, rounds) if rounds is not None else (5, 200)
+    least, most = (rounds, rounds) if rounds is not None else (6, 200)
     for i in range(most):
         if i >= least and time.perf_counter() - begin > seconds:
             break

@@ -28,7 +28,7 @@ def _table(rows: list[Row]) -> Table:
     title = f"{case['op']} {case['encoder']} {grid} batch={case['batch']} hidden={case['hidden']}"
     table = Table(title=f"{title} {case['direction']} {case['dtype']}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     kinds = [kind for kind in (GRAPH, COLD, WALL) if any(kind in row.values["timings"] for row in rows)]
-    for name in ("variant", *[f"{kind} us" for kind in kinds], "eager", "compile", "roof", "MB", "ok"):
+    for name in ("variant", *[f"{kind} us" for kind in kinds], "x eager", "x compile", "roof", "MB", "ok"):
         table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
     for row in rows:
         values = row.values
@@ -36,7 +36,7 @@ def _table(rows: list[Row]) -> Table:
         name = row.variant.replace("max-autotune", "max")
         ratios = [_ratio(values[column]) for column in ("ratio_eager", "ratio_compile")]
         roof = "-" if values["roofline"] is None else f"{values['roofline']:.0%}"
-        moved = "-" if values["bytes"] is None else f"{values['bytes'] / 1e6:.3g}"
+        moved = "-" if values["bytes"] is None else f"{values['bytes'] / 1e6:.1f}"
         table.add_row(name, *[_time(values["timings"].get(kind)) for kind in kinds], *ratios, roof, moved, tick)
     return table
 
@@ -45,9 +45,8 @@ def _time(spread: dict[str, Any] | None) -> str:
     if spread is None:
         return "-"
     median = spread["median"]
-    form = "{:.0f}" if median >= 100 else "{:.1f}"
-    return form.format(median) + f" ({form.format(spread['p20'])}-{form.format(spread['p80'])})"
+    return f"{median:.0f}" if median >= 100 else f"{median:.1f}"
 
 
 def _ratio(spread: dict[str, Any] | None) -> str:
-    return "-" if spread is None else f"{spread['median']:.2f}x"
+    return "-" if spread is None else f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +85,12 @@ def measure_case(
     if not clocks:
         return found
     samples = rounds_of(clocks, device, rounds=rounds, seconds=seconds)
-    kind = next(kind for kind in (GRAPH, COLD, WALL) if all(kind in kinds for kinds in samples.values()))
     for name, kinds in samples.items():
-        found[name]["ratio_kind"] = kind
+        found[name]["ratio_kind"] = next(kind for kind in (GRAPH, COLD, WALL) if kind in kinds)
         found[name]["timings"] = {kind: asdict(spread(sample)) for kind, sample in kinds.items()}
         if not clocks[name].replay and device.type == "cuda":
             found[name]["no_graph"] = clocks[name].reason
-    _compare(found, {name: kinds[kind] for name, kinds in samples.items()}, kind, ceilings)
+    _compare(found, samples, ceilings)
     return found
 
 
@@ -103,16 +103,23 @@ def prepare(case: OpCase, device: torch.device, call: Function | None) -> tuple[
     return _maker(case, call, tensors, grad, device, getattr(torch, case.dtype))(), verdict
 
 
+def names(case: OpCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False) -> list[str]:
+    """Return the variants that can run, or those of them in ``wanted``; without it max-autotune only where asked for."""
+    chosen = [name for name in op_variants.VARIANTS if wanted is None or name in wanted]
+    if not autotune and wanted is None:
+        chosen.remove(AUTOTUNE)
+    dtype = getattr(torch, case.dtype)
+    return [name for name in chosen if op_variants.unavailable(name, device, dtype) is None]
+
+
 def contenders(
     case: OpCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False
 ) -> dict[str, Function | None]:
-    """Return the functions of every variant that can run, or of those in ``wanted``; max-autotune only where asked for."""
+    """Return the functions of those variants, freshly to be compiled; ``None`` for the bare products."""
     torch._dynamo.reset()
-    names = [name for name in op_variants.VARIANTS if wanted is None or name in wanted]
-    if not autotune and wanted is None:
-        names.remove(AUTOTUNE)
-    dtype = getattr(torch, case.dtype)
-    able = [name for name in names if op_variants.unavailable(name, device, dtype) is None]
+    # A compiled backward pass may else run once only, and a benchmark runs it again and again.
+    torch._functorch.config.donated_buffer = case.direction != "backward"
+    able = names(case, device, wanted, autotune=autotune)
     return {name: None if name == PRODUCTS else op_variants.function(case, name) for name in able}
 
 
@@ -154,7 +161,8 @@ def _verdict(actual: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], trut
     """Return error, budget and tick of the tensor that is nearest to its budget, or over it."""
     verdicts = [testing.compare(a, e, t, []) for a, e, t in zip(actual, eager, truth, strict=True)]
     error, budget, _ = max(verdicts, key=lambda verdict: verdict[0] / max(verdict[1], 1e-300))
-    return {"error": error, "budget": budget, "ok": all(ok for *_, ok in verdicts)}
+    # Infinity, for what is not finite where it should be, is no number that JSON knows.
+    return {"error": error if math.isfinite(error) else None, "budget": budget, "ok": all(ok for *_, ok in verdicts)}
 
 
 def _maker(
@@ -168,7 +176,13 @@ def _maker(
     if call is None:
         ready = op_variants.products(case, device, dtype)
         return lambda: ready
-    return lambda: op_variants.run(case, call, tensors, grad)
+
+    def make() -> Callable[[], Any]:
+        # Leaves of its own: those that autograd has seen on one stream it would wait for on another.
+        leaves = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
+        return op_variants.run(case, call, leaves, grad)
+
+    return make
 
 
 def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -178,17 +192,23 @@ def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
     known = {"flops": flops, "least_bytes": least_bytes(case, dtype)}
     if implementation is None:
         return known
+    tensors = _inputs(case, torch.device("meta"), dtype)
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    plain = op_variants.function(case, EAGER)
     try:
-        tensors = _inputs(case, torch.device("meta"), dtype)
-        with Traffic(implementation) as forward:
-            y = case.case(tensors, None)
-        if case.direction == "forward":
-            return {**known, "bytes": forward.read + forward.written}
-        with Traffic(implementation) as backward:
-            y.backward(torch.empty_like(y))
+        # Eager is autograd of plain operations, not the operator's own backward pass.
+        with (
+            torch.set_grad_enabled(case.direction != "forward"),
+            Traffic(None if variant == EAGER else implementation) as forward,
+        ):
+            y = plain(tensors) if variant == EAGER else case.case(tensors, None)
+        grad = torch.empty_like(y)
+        with Traffic(None if variant == EAGER else implementation) as backward:
+            if case.direction != "forward":
+                torch.autograd.grad(y, leaves, grad)
     except ImportError:  # no Triton, whose launchers count
         return known
-    counts = [forward, backward] if case.direction == "both" else [backward]
+    counts = {"forward": [forward], "backward": [backward], "both": [forward, backward]}[case.direction]
     return {**known, "bytes": sum(count.read + count.written for count in counts)}
 
 
@@ -203,19 +223,19 @@ def least_bytes(case: OpCase, dtype: torch.dtype) -> int:
 
 
 def _compare(
-    found: dict[str, dict[str, Any]], samples: dict[str, list[float]], kind: str, ceilings: dict[str, float] | None
+    found: dict[str, dict[str, Any]], samples: dict[str, dict[str, list[float]]], ceilings: dict[str, float] | None
 ) -> None:
-    """Fill in ratios to the best eager and the best compiled variant, and the share of the roofline."""
-    for column, names in (("ratio_eager", (EAGER, CONVOLUTION)), ("ratio_compile", (COMPILE, AUTOTUNE))):
-        rivals = [name for name in names if name in samples]
-        if not rivals:
-            continue
-        best = min(rivals, key=lambda name: found[name]["timings"][kind]["median"])
-        for name, sample in samples.items():
-            found[name][column] = asdict(paired_ratio(samples[best], sample))
-    if ceilings is None:
-        return
-    for name, values in found.items():
-        if name in samples:
+    """Fill in ratios to the best eager and the best compiled variant, and the share of the roofline.
+
+    Each variant in its own kind of time, replayed where it could be captured, against the best rival in that kind.
+    """
+    for name, kinds in samples.items():
+        values, kind = found[name], found[name]["ratio_kind"]
+        for column, names in (("ratio_eager", (EAGER, CONVOLUTION)), ("ratio_compile", (COMPILE, AUTOTUNE))):
+            rivals = {rival: samples[rival][kind] for rival in names if rival in samples and kind in samples[rival]}
+            if rivals:
+                best = min(rivals, key=lambda rival: found[rival]["timings"][kind]["median"])
+                values[column] = asdict(paired_ratio(rivals[best], kinds[kind]))
+        if ceilings is not None:
             bound = max(values["flops"] / ceilings["tflops"] / 1e6, values["least_bytes"] / ceilings["gbs"] / 1e3)
             values["roofline"] = bound / values["timings"][kind]["median"]

@@ -8,8 +8,10 @@ is always written whole and put in place at once, so that a run that is killed l
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -67,7 +69,7 @@ class Results:
         results = cls(file)
         if not file.exists():
             return results
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="backslashreplace").splitlines(), 1):
             try:
                 results._take(json.loads(line))
             except (ValueError, TypeError, KeyError) as error:
@@ -81,10 +83,13 @@ class Results:
             self.environments[str(entry["id"])] = dict(entry["environment"])
             return
         row = Row(**entry)
-        if not (isinstance(row.case, dict) and isinstance(row.values, dict) and isinstance(row.suite, str)):
+        if not (isinstance(row.case, dict) and row.case and isinstance(row.values, dict) and isinstance(row.suite, str)):
             raise TypeError("case and values are objects, suite is a name")
-        if not isinstance(row.values.get("timings"), dict):
-            raise TypeError("values has no timings")
+        if row.values.get("ok", 0) not in (True, False, None) or not isinstance(row.values.get("timings"), dict):
+            raise TypeError("values has no tick or no timings")
+        for spread in row.values["timings"].values():
+            if not 0 < spread["low"] <= spread["median"] <= spread["high"] < math.inf:
+                raise ValueError("a time is a positive median within its interval")
         if row.environment not in self.environments:
             raise ValueError(f"environment {row.environment!r} stands in no line above")
         self.rows[row.key] = row
@@ -96,26 +101,36 @@ class Results:
         return name
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Put rows in, and the file in place."""
+        """Put rows in, and the file in place; a row without rivals does not replace one that has a ratio to them."""
         for row in rows:
-            self.rows[row.key] = row
+            old = self.rows.get(row.key)
+            if old is None or not (old.values.get("ratio_eager") and not row.values.get("ratio_eager")):
+                self.rows[row.key] = row
         self.write()
 
     def write(self) -> None:
-        """Write the file beside itself and put it in place."""
+        """Write the file beside itself and put it in place, with what another run may have added to it since."""
         if self.file is None:
             return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.with_name(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            there = Results.open(self.file.parent)
+            self.rows = {**there.rows, **self.rows}
+            self.environments = {**there.environments, **self.environments}
+            self._replace(self.file)
+
+    def _replace(self, file: Path) -> None:
         used = {row.environment for row in self.rows.values()}
         lines = [{"id": name, "environment": block} for name, block in self.environments.items() if name in used]
         lines += [dataclasses.asdict(row) for row in self.rows.values()]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(f".{os.getpid()}.part")
+        part = file.with_suffix(f".{os.getpid()}.part")
         try:
             with part.open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in lines)
+                stream.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
                 stream.flush()
                 os.fsync(stream.fileno())
-            part.replace(self.file)
+            part.replace(file)
         finally:
             part.unlink(missing_ok=True)
 

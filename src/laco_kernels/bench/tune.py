@@ -1,8 +1,9 @@
 """``laco tune``: the selection table, made from measured rows.
 
-A bucket is one operator, direction and dtype up to a number of output tokens. In it an implementation replaces a simpler one
-only where it is at least 3 % faster over the bucket's cases (geometric mean) and nowhere slower than eager; every case of it
-must have passed its check.
+A bucket is one operator, direction and dtype up to a number of output tokens. In it an implementation is chosen only where it
+is at least 3 % faster than every simpler one over the bucket's cases (geometric mean, graphs replayed), and in no case slower
+than the best eager row, warm or cold. Every case must have passed its check; its rows must come from one run of at least ten
+rounds, at a commit without changes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import math
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from laco_kernels.bench.gpu_timing import GRAPH
-from laco_kernels.bench.op_variants import EAGER, OURS
+from laco_kernels.bench.gpu_timing import COLD, GRAPH
+from laco_kernels.bench.op_variants import CONVOLUTION, EAGER, OURS
 from laco_kernels.geometry import Windows
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
     from laco_kernels.bench.results import Results, Row
 
-LEAD = 1.03
+LEAD, ROUNDS = 1.03, 10
 REFERENCE = "reference"
-Times = dict[str, float]  # microseconds by implementation, of those that passed
+Times = dict[str, dict[str, float]]  # microseconds by variant and kind of time, of those that passed
 
 
 def table(devices: Iterable[Results]) -> dict[str, Any]:
@@ -46,15 +47,18 @@ def table(devices: Iterable[Results]) -> dict[str, Any]:
 def winners(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return one device's buckets, by operator, direction, dtype and growing number of tokens; equal neighbours as one."""
     cases: dict[tuple[str, str, str, int], dict[str, Times]] = {}
-    for row in rows:
-        case = row.case
-        if case["direction"] == "both":
+    runs: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row.variant != EAGER):
+        case, name = row.case, json.dumps(row.case, sort_keys=True)
+        if case["direction"] == "both" or str(row.commit).endswith("*"):
             continue
         key = (case["op"], case["direction"], case["dtype"], output_tokens(case))
-        times = cases.setdefault(key, {}).setdefault(json.dumps(case, sort_keys=True), {})
-        impl = REFERENCE if row.variant == EAGER else row.variant
-        if row.values["ok"] and GRAPH in row.values["timings"] and (impl == REFERENCE or impl in OURS):
-            times[impl] = row.values["timings"][GRAPH]["median"]
+        times = cases.setdefault(key, {}).setdefault(name, {})
+        if runs.setdefault(name, row.environment) != row.environment or not row.values["ok"]:
+            continue
+        spreads = row.values["timings"]
+        if GRAPH in spreads and spreads[GRAPH]["rounds"] >= ROUNDS:
+            times[row.variant] = {kind: spreads[kind]["median"] for kind in (GRAPH, COLD) if kind in spreads}
     buckets = [(*key[:3], key[3], best(list(cases[key].values()))) for key in sorted(cases)]
     merged: list[dict[str, Any]] = []
     for (op, direction, dtype, impl), group in groupby(buckets, key=lambda bucket: (*bucket[:3], bucket[4])):
@@ -65,14 +69,21 @@ def winners(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def best(cases: Sequence[Times]) -> str:
     """Return the implementation of one bucket, by the module's rule."""
-    chosen = REFERENCE
+    simpler, chosen = [EAGER], REFERENCE
     for impl in OURS:
-        if not all(impl in times and REFERENCE in times for times in cases):
+        if not all(impl in times and EAGER in times for times in cases):
             continue
-        lead = math.exp(sum(math.log(times[chosen] / times[impl]) for times in cases) / len(cases))
-        if lead >= LEAD and all(times[impl] <= times[REFERENCE] for times in cases):
+        leads = [math.prod(times[rival][GRAPH] / times[impl][GRAPH] for times in cases) for rival in simpler]
+        if min(leads) >= LEAD ** len(cases) and not any(_is_slower(times, impl) for times in cases):
             chosen = impl
+        simpler.append(impl)
     return chosen
+
+
+def _is_slower(times: Times, impl: str) -> bool:
+    """Whether ``impl`` takes longer than the best eager row in any kind of time that both have."""
+    rivals = [times[name] for name in (EAGER, CONVOLUTION) if name in times]
+    return any(kind in rival and time > rival[kind] for kind, time in times[impl].items() for rival in rivals)
 
 
 def output_tokens(case: dict[str, Any]) -> int:

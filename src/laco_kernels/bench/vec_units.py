@@ -43,7 +43,8 @@ def _unit(encoder: str, batch: int, device: torch.device, dtype: str, small: boo
         result = _measure(encoder, name, depths, batch, device, dtype, small, rounds, seconds)
         return rows(result)
 
-    return Unit(f"vec {name} batch={batch} {dtype}", "vec", tuple(facts), measure)
+    suite = "tiny" if small else "vec"
+    return Unit(f"vec {name} batch={batch} {dtype}", suite, tuple(facts), measure, ("eager",), "vec")
 
 
 def _measure(

@@ -67,6 +67,8 @@ def parse_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         given = f"{name!r} with {torch.cuda.device_count()} GPUs in this machine"
         raise ValueError(complaint("device", given, "a device that exists", "Pass --device cpu"))
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams are of the current one
     return device
 
 

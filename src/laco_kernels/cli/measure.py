@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,10 +102,14 @@ def everything(
     seconds: Seconds = 1.0,
     allow_busy: Busy = False,
     commit: Commit = None,
-    out: Annotated[Path, typer.Option(help="Folder of results, a folder for each device.")] = ROOT,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; default: benchmarks/results, none with --tiny.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure everything, the most telling first, until the budget ends; what this commit measured here before is skipped."""
+    """Measure everything, the most telling first, until the budget ends; what this commit measured here before is skipped.
+
+    Exit code 3 says that the GPU no longer answers this process: the same command again goes on behind what broke it.
+    """
+    out = out if out is not None or tiny else ROOT
     with usage_errors():
         from laco_kernels.bench import campaign
 
@@ -130,16 +135,25 @@ def compare(
     old: Annotated[Path, typer.Argument(help="A device's folder of results, or its file.")],
     new: Annotated[Path, typer.Argument(help="Another, measured later.")],
     tolerance: Annotated[float, typer.Option(min=0, max=1, help="How much slower is no regression, as a fraction.")] = 0.03,
+    any_device: Annotated[bool, typer.Option("--any-device", help="Compare results of different devices.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare two results row by row; exit code 1 where a row is slower beyond the intervals of both."""
+    """Compare two results row by row; exit code 1 where a row is slower beyond the intervals of both, or gone.
+
+    Rows of PyTorch itself and of the bare products are compared and do not count.
+    """
     with usage_errors():
         from laco_kernels.bench import compare as comparing
 
-        changes = comparing.compare(*(_stored(path) for path in (old, new)))
+        before, after = (_stored(path) for path in (old, new))
+        devices = [{str(block.get("device")) for block in side.environments.values()} for side in (before, after)]
+        if devices[0] != devices[1] and not any_device:
+            given = f"{', '.join(sorted(devices[1]))} against {', '.join(sorted(devices[0]))}"
+            raise ValueError(complaint("new", given, "results of one device", "Pass --any-device to compare them nevertheless"))
+        changes, missing = comparing.compare(before, after), comparing.missing(before, after)
         if not changes:
             raise ValueError(complaint("new", str(new), "rows that stand in both results", "Measure the same cases"))
-    slower = [change for change in changes if change.is_slower(tolerance)]
+    slower = [change for change in changes if change.counts and change.is_slower(tolerance)]
     if as_json:
         print_json([{**vars(change), "slower": change.is_slower(tolerance)} for change in changes])
     else:
@@ -149,9 +163,12 @@ def compare(
             spread = "lost its time" if change.broke else f"{change.ratio:.3f}x ({change.low:.3f}-{change.high:.3f})"
             text = f"{mark} {spread} {change.variant} {case}"
             out_console.print(text, style="red" if change in slower else None, markup=False, highlight=False, soft_wrap=True)
-        text = f"{len(changes)} rows, {len(slower)} slower; geometric mean {comparing.overall(changes):.3f}x"
-        out_console.print(text, style="bold", highlight=False)
-    if slower:
+        for row in missing:
+            facts = " ".join(f"{name}={value}" for name, value in row.case.items())
+            out_console.print(f"MISSING {row.variant} {facts}", style="red", markup=False, highlight=False, soft_wrap=True)
+        text = f"{len(changes)} rows, {len(slower)} slower, {len(missing)} missing; "
+        out_console.print(f"{text}geometric mean {comparing.overall(changes):.3f}x", style="bold", highlight=False)
+    if slower or missing:
         raise typer.Exit(1)
 
 
@@ -198,8 +215,9 @@ def _open(
     if out is None:
         results = Results(None)
     else:
-        report.check_folder(out)
-        results = Results.open(out / folder_name(environment(place)))
+        folder = out / folder_name(environment(place))
+        report.check_folder(folder)
+        results = Results.open(folder)
     return results, *campaign.begin(results, place, precision, commit, others)
 
 
@@ -207,7 +225,13 @@ def _run(units: list[Unit], results: Results, block: str, place: torch.device, b
     from laco_kernels.bench import campaign
 
     with progress_bar() as step:
-        return campaign.run(units, results, block, place, budget=budget, on_unit=step)
+
+        def begin(name: str, done: float) -> None:
+            step(name, done)
+            if not err_console.is_terminal:
+                print(f"measuring {name}", file=sys.stderr, flush=True)
+
+        return campaign.run(units, results, block, place, budget=budget, on_unit=begin)
 
 
 def _summarise(report: Report, results: Results) -> None:
@@ -228,7 +252,7 @@ def _summarise(report: Report, results: Results) -> None:
         text = f"{have:.2f}x of {goal['ratio']:.2f}x over {goal['against']}: {row.variant} {facts['op']} {facts['encoder']}"
         text += f" batch={facts['batch']} hidden={facts['hidden']} {facts['direction']}"
         out_console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
-    if results.file is not None:
+    if results.file is not None and report.rows:
         err_console.print(f"wrote {results.file}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -243,6 +267,9 @@ def _as_json(report: Report, results: Results) -> dict[str, Any]:
 def _finish(report: Report) -> None:
     for name, reason in report.failed.items():
         complain(f"{name}: {reason}")
+    if report.lost:
+        complain("The GPU no longer answers this process; the same command again goes on with the next unit.")
+        raise typer.Exit(3)
     if report.failed or any(row.values["ok"] is False for row in report.rows):
         raise typer.Exit(1)
 

@@ -32,6 +32,7 @@ def tune(
         file = out or select.TABLE
         found = tuning.table(Results.open(folder) for folder in device_folders(results))
         old = json.loads(file.read_text()) if file.exists() else {}
+        found = {**old, **found}  # devices that these results do not know keep what they have
         changes = tuning.changes(old, found)
         if changes and not dry_run:
             tuning.write(found, file)

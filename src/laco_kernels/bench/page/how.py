@@ -6,7 +6,11 @@ HOW = (
         "All variants of a case take turns, round after round, in one run; the median over the rounds, below it its 95 % "
         "interval. On a GPU calls are captured in a CUDA graph and replayed: caches are warm, launching costs little.",
     ),
-    ("Cold", "One call from Python just after the GPU's L2 cache was overwritten; what launching costs is part of it."),
+    (
+        "Cold",
+        "One call just after the GPU's L2 cache was overwritten, while the GPU still works on that: what launching from Python "
+        "costs is no part of it, unless it is more than half a millisecond.",
+    ),
     (
         "Against eager, against compile",
         "The time of the best eager variant (with or without F.conv2d), or of the best torch.compile variant, over the "
