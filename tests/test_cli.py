@@ -48,6 +48,12 @@ def test_env():
     assert "no CUDA kernels yet" in report["implementations"]["cuda"]
 
 
+def test_env_says_what_the_environment_chooses(monkeypatch):
+    monkeypatch.setenv("LACO_IMPL", "composite")
+    choices = json.loads(laco("env", "--json").output)["automatic_choice"]
+    assert {(choice["impl"], choice["reason"]) for choice in choices.values()} == {("composite", "LACO_IMPL says so")}
+
+
 def test_bench_vec_measures_every_depth(encoder, tmp_path):
     out = tmp_path / "a" / "b"
     done = vec(encoder, "--out", out, "--batch", 2)
@@ -229,6 +235,14 @@ def test_check_of_the_kernels():
     )
     assert {row["impl"] for row in rows} == {"composite", "triton"}
     assert all(row["ok"] and row["dtype"] == "float16" for row in rows)
+
+
+def test_checking_nothing_is_no_success(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    done = laco("check", "--device", "cpu", "--op", "strided_conv_gelu")
+    assert done.exit_code == 1
+    assert "not checked: triton in float32: Triton kernels need an NVIDIA GPU" in done.output
+    assert "0 passed, 0 failed" in done.output
 
 
 def test_check_fails_on_a_wrong_kernel(monkeypatch):

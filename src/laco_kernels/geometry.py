@@ -60,7 +60,7 @@ class Windows:
         pad: complete the windows of a grid that ``ratio`` does not divide with zeros at the bottom and at the right.
 
     Raises:
-        TypeError: if an argument is not an integer.
+        TypeError: if an argument is not an integer, or ``pad`` no bool.
         ValueError: if an argument is out of range, or ``ratio`` does not divide the grid and ``pad`` is off.
     """
 
@@ -73,6 +73,8 @@ class Windows:
         object.__setattr__(self, "grid", check_grid(self.grid))
         object.__setattr__(self, "ratio", integer("ratio", self.ratio, 1))
         object.__setattr__(self, "prefix_tokens", integer("prefix_tokens", self.prefix_tokens, 0))
+        if not isinstance(self.pad, bool):
+            raise TypeError(complaint("pad", repr(self.pad), "True or False", "Pass pad=True to complete odd grids"))
         if not self.pad and not self.is_even:
             raise ValueError(
                 complaint(

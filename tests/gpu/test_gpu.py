@@ -99,3 +99,30 @@ def test_more_than_two_to_the_thirty_first_elements(impl):
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
 def test_tensors_on_another_than_the_current_device(case, impl):
     assert not [row for row in testing.check_case(case, impl, torch.float32, "cuda:1") if not row.ok]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_a_compiled_call_equals_the_plain_one(case, impl):
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    grad = torch.randn_like(case(inputs, impl))
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    compiled = torch.compile(lambda *tensors: case(dict(zip(inputs, tensors, strict=True)), impl), fullgraph=True)
+    found = torch.autograd.grad(compiled(*leaves), leaves, grad)
+    for gradient, (name, expected) in zip(found, list(testing.gradients(case, inputs, impl, grad).items())[1:], strict=True):
+        assert torch.equal(gradient, expected), name
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_autocast_computes_what_its_dtype_does(case, impl):
+    """An odd grid too, whose residual takes a sum, which autocast on a GPU would widen."""
+    inputs = case.inputs(torch.float32, "cuda")
+    low = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    grad = torch.randn_like(case(low, impl))
+    with torch.autocast("cuda", torch.bfloat16):
+        found = testing.gradients(case, inputs, impl, grad)
+    expected = testing.gradients(case, low, impl, grad)
+    assert found["y"].dtype == torch.bfloat16
+    for name, tensor in found.items():
+        assert torch.equal(tensor.bfloat16(), expected[name]), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -47,8 +48,10 @@ def implementations() -> dict[str, str | None]:
 def automatic_choices() -> dict[str, select.Choice]:
     """Return what runs each operator where no ``impl=`` is given, and why: for 4096 tokens in bfloat16 on a GPU if any.
 
-    That is the choice for the forward pass; backward is chosen by itself.
+    That is the choice for the forward pass; backward is chosen by itself. ``LACO_IMPL`` comes before it.
     """
+    if name := os.environ.get("LACO_IMPL"):
+        return {op: select.Choice(name, "LACO_IMPL says so") for op in select.OPERATORS}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {op: select.choose(op, "forward", device, torch.bfloat16, 4096) for op in select.OPERATORS}
 

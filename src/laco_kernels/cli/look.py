@@ -55,8 +55,8 @@ def check(
 ) -> None:
     """Check output and gradients of every implementation that can run here against float64, on a spread of shapes.
 
-    Without a GPU set TRITON_INTERPRET=1 to check the Triton kernels in the interpreter. On a GPU the verdict is kept for
-    the automatic choice.
+    Exit code 1 where a row failed, or nothing could be checked. Without a GPU set TRITON_INTERPRET=1 to check the Triton
+    kernels in the interpreter. On a GPU the verdict is kept for the automatic choice.
     """
     with usage_errors():
         from laco_kernels import testing
@@ -87,16 +87,18 @@ def check(
                 select.record(torch.cuda.get_device_name(place), name, str(precision), ok=bool(mine) and all(mine))
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows])
-    elif rows:
+    else:
+        out_console.print("     impl      dtype    tensor    error of budget  case", style="bold", highlight=False)
         for row in rows:
             tick = "ok  " if row.ok else "FAIL"
             text = f"{tick} {row.impl:<9} {row.dtype:<8} {row.tensor:<8} {row.error:8.1e} of {row.budget:.1e}  {row.case}"
             out_console.print(text, style=None if row.ok else "red", markup=False, highlight=False, soft_wrap=True)
         failed = sum(not row.ok for row in rows)
-        out_console.print(f"{len(rows) - failed} passed, {failed} failed", style="bold", highlight=False)
-    else:
-        out_console.print("Nothing but the reference can run here:", highlight=False)
         for name in impls:
-            out_console.print(f"  {name:<12} {select.unavailable(name, place)}", markup=False, highlight=False, soft_wrap=True)
-    if not all(row.ok for row in rows):
+            for precision in dtypes:
+                if reason := select.unavailable(name, place, precision):
+                    text = f"not checked: {name} in {str(precision).removeprefix('torch.')}: {reason}"
+                    out_console.print(text, markup=False, highlight=False, soft_wrap=True)
+        out_console.print(f"{len(rows) - failed} passed, {failed} failed", style="bold", highlight=False)
+    if not rows or not all(row.ok for row in rows):  # having checked nothing is no success
         raise typer.Exit(1)

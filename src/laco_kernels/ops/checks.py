@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from laco_kernels.geometry import Windows
 
 APPROXIMATIONS = ("none", "tanh")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -29,7 +30,7 @@ def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         kind = type(tensor).__name__
         raise TypeError(complaint(name, kind, "a torch.Tensor", f"Convert {name} with torch.as_tensor"))
-    if not tensor.is_floating_point():
+    if tensor.dtype not in DTYPES:
         remedy = f"Convert it, e.g. {name}.float()"
         raise TypeError(complaint(name, tensor.dtype, "a floating-point dtype (float32, bfloat16, float16, float64)", remedy))
 

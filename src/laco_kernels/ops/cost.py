@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
-from laco_kernels.kernels import passes
+from laco_kernels.errors import complaint
+from laco_kernels.kernels import passes, select
 from laco_kernels.ops.library import BODIES
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Traffic(TorchDispatchMode):
     """Counts the bytes that passes over memory read and write: the tensors of every operator and kernel, once a pass.
 
     That is what a pass moves where nothing is left in a cache by the pass before and nothing is fetched twice. Views move
-    nothing, and an expanded tensor counts once. With ``impl`` the operators ``laco::*`` run in that implementation, also on
-    the meta device, where nothing is computed::
+    nothing; an expanded tensor counts once, and so does one that a pass reads twice. With ``impl`` the operators ``laco::*`` run
+    in that implementation, also on the meta device, where nothing is computed::
 
         with Traffic("triton") as traffic:
             lk.patch_merge(x, weight1, None, weight2, None, grid=(24, 24))  # all on device="meta"
@@ -81,6 +82,11 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self, impl: str | None = None) -> None:
         super().__init__()
+        if impl is not None and impl not in select.MODULES:
+            names = ", ".join(map(repr, select.MODULES))
+            raise ValueError(
+                complaint("impl", repr(impl), f"one of {names}, which show their passes", "Pass None to count torch")
+            )
         self.impl = impl
         self.read = self.written = self._depth = 0
 
