@@ -72,8 +72,8 @@ class Traffic(TorchDispatchMode):
     """Counts the bytes that passes over memory read and write: the tensors of every operator and kernel, once a pass.
 
     That is what a pass moves where nothing is left in a cache by the pass before and nothing is fetched twice. Views move
-    nothing; an expanded tensor counts once, and so does one that a pass reads twice. With ``impl`` the operators ``laco::*`` run
-    in that implementation, also on the meta device, where nothing is computed::
+    nothing; an expanded tensor counts once, and so does one that a pass reads twice. With ``impl`` the operators ``laco::*``
+    run in that implementation, also on the meta device, where nothing is computed::
 
         with Traffic("triton") as traffic:
             lk.patch_merge(x, weight1, None, weight2, None, grid=(24, 24))  # all on device="meta"
