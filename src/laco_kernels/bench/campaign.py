@@ -184,6 +184,8 @@ def _answers(device: torch.device) -> bool:
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.zeros(1, device=device).add_(1).item()
     except RuntimeError:
         return False
     return True

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 WALL, COLD, GRAPH = "wall", "cold", "graph"
 REPLAY_MS, MOST_CALLS = 1.0, 50  # a replayed graph holds as many calls as fit into about this
-SLEEP_CYCLES = 1_000_000  # half a millisecond, in which a processor launches everything that is timed
+SLEEP_CYCLES = 4_000_000  # two milliseconds, in which a processor launches everything that is timed
+ROUNDS = 10  # the fewest; what was measured less often chooses no implementation
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache holds
 
 
@@ -44,6 +45,7 @@ class Replay:
                 self.graph = self._capture(call, side)
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves the other one behind
+            torch.cuda.empty_cache()  # and at worst an allocator that can do no more, which had better be known at once
         self.kept = call  # what the graph reads must live as long as it does
 
     def _capture(self, call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
@@ -101,13 +103,13 @@ def rounds_of(
 ) -> dict[str, dict[str, list[float]]]:
     """Time the variants in turn, round after round; microseconds by variant and kind.
 
-    ``rounds`` of them, or as many as ``seconds`` allow: at least 6, from which on an interval means something, at most 200.
+    ``rounds`` of them, or as many as ``seconds`` allow: at least ten, at most 200.
     Every other round goes backwards, so that what runs before a variant does not always do so.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in clocks}
     begin = time.perf_counter()
-    least, most = (rounds, rounds) if rounds is not None else (6, 200)
+    least, most = (rounds, rounds) if rounds is not None else (ROUNDS, 200)
     for i in range(most):
         if i >= least and time.perf_counter() - begin > seconds:
             break

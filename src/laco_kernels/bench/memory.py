@@ -53,10 +53,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        # What was requested, not the allocator's blocks, whose sizes depend on what was freed before.
+        before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before)
     with LiveTensors() as live:
         call()
     return live.peak

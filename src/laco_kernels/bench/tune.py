@@ -13,7 +13,7 @@ import math
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from laco_kernels.bench.gpu_timing import COLD, GRAPH
+from laco_kernels.bench.gpu_timing import COLD, GRAPH, ROUNDS
 from laco_kernels.bench.op_variants import CONVOLUTION, EAGER, OURS
 from laco_kernels.geometry import Windows
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from laco_kernels.bench.results import Results, Row
 
-LEAD, ROUNDS = 1.03, 10
+LEAD = 1.03
 REFERENCE = "reference"
 Times = dict[str, dict[str, float]]  # microseconds by variant and kind of time, of those that passed
 

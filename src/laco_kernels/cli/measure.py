@@ -37,7 +37,7 @@ Filter = Annotated[str | None, typer.Option("--filter", help="Only what has all 
 Small = Annotated[bool, typer.Option("--tiny", help="Shrunken cases, to try the command.")]
 Autotune = Annotated[bool, typer.Option("--autotune", help="torch.compile's max-autotune in every case; slow.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")]
-Seconds = Annotated[float, typer.Option(min=0, help="Time for the rounds of a case; at least 6, at most 200 are run.")]
+Seconds = Annotated[float, typer.Option(min=0, help="Time for the rounds of a case; at least 10, at most 200 are run.")]
 Busy = Annotated[bool, typer.Option("--allow-busy", help="Measure although other processes compute on the GPU.")]
 Commit = Annotated[str | None, typer.Option(help="What to call this version; default: the checkout's commit.")]
 

@@ -9,7 +9,7 @@ HOW = (
     (
         "Cold",
         "One call just after the GPU's L2 cache was overwritten, while the GPU still works on that: what launching from Python "
-        "costs is no part of it, unless it is more than half a millisecond.",
+        "costs is no part of it, unless it is more than two milliseconds.",
     ),
     (
         "Against eager, against compile",
