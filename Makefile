@@ -18,7 +18,7 @@ test: $(READY)
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 test-triton: .venv-triton-$(strip $(TRITON))/.ready  ## the kernels' tests with another Triton, in an environment of its own
-	$(<D)/bin/pytest tests/kernels -n $(JOBS) --dist loadgroup
+	$(<D)/bin/pytest tests/kernels -n $(JOBS) --dist loadgroup --hypothesis-profile=brief
 
 fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU; keeps the statistics
 	$(BIN)/laco env | sed '/^$$/,$$d' > fuzz.log

@@ -19,6 +19,7 @@ settings.register_profile("quick", deadline=None, max_examples=2, suppress_healt
 # On a GPU each shape compiles anew: few of them, and none more to find a smaller one that fails.
 FOUND = [Phase.explicit, Phase.reuse, Phase.generate]
 settings.register_profile("gpu", deadline=None, max_examples=25, suppress_health_check=SLOW, phases=FOUND)
+settings.register_profile("brief", deadline=None, max_examples=25, suppress_health_check=SLOW)
 settings.register_profile("default", deadline=None, max_examples=84, suppress_health_check=SLOW)
 settings.register_profile(
     "fuzz", deadline=None, max_examples=1700, suppress_health_check=SLOW
