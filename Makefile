@@ -29,7 +29,7 @@ faults: $(READY)  ## every kernel broken on purpose, one fault at a time; each m
 	$(BIN)/python -m tests.faults
 
 resources: $(READY)  ## registers and shared memory of every kernel, compiled ahead of time
-	$(BIN)/python -m laco_kernels.kernels.resources > resources.part
+	$(BIN)/python -m laco_kernels.bench.resources > resources.part
 	mv resources.part benchmarks/results/kernel-resources.json
 
 gpu: $(READY)  ## everything a newly available GPU should do, in nine minutes: tests, measurements, selection table

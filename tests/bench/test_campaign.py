@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laco_kernels.bench import campaign
+from laco_kernels.bench import campaign, plan
 from laco_kernels.bench.campaign import Unit, furthest, run
 from laco_kernels.bench.results import Results
 from tests.bench.rows import GPU, op_row
@@ -107,13 +107,13 @@ def test_a_device_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
 
 
 def test_the_plan_begins_with_the_goals_then_encoders_then_what_grows():
-    plan = campaign.plan(CPU, "bfloat16")
-    suites = [unit.suite for unit in plan]
+    units = plan.plan(CPU, "bfloat16")
+    suites = [unit.suite for unit in units]
     assert suites[:10] == ["ops"] * 10
     assert suites[10:15] == ["vec"] * 5
-    assert [unit.kind for unit in plan[15:25]] == ["max-autotune"] * 10
-    assert "backward" in {unit.cases[0]["direction"] for unit in plan[25:40]}, "what the selection needs comes early"
-    names = [unit.name for unit in plan]
+    assert [unit.kind for unit in units[15:25]] == ["max-autotune"] * 10
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[25:40]}, "what the selection needs comes early"
+    names = [unit.name for unit in units]
     assert len(set(names)) == len(names) == 168 + 10 + 5 + 13
     assert suites.count("sweep") == 13
 

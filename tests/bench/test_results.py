@@ -118,8 +118,10 @@ def test_two_runs_into_one_folder_lose_nothing(tmp_path):
 def test_a_row_without_rivals_replaces_none_with_a_ratio(tmp_path):
     results, name = filled(tmp_path)
     results.add([row(environment=name, ratio_eager={"median": 2.0})])
-    results.add([row(environment=name)])
+    results.add([row(environment=name, timings={"wall": spread(3, 1)})])
     assert Results.open(tmp_path).rows[row(environment=name).key].values["ratio_eager"] == {"median": 2.0}
+    results.add([row(environment=name, ok=False)])
+    assert Results.open(tmp_path).rows[row(environment=name).key].values["ok"] is False, "a failed check is not hidden"
 
 
 def test_unused_environments_are_not_kept(tmp_path):

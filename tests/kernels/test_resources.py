@@ -20,7 +20,7 @@ MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 @pytest.fixture(scope="module")
 def resources():
     # A process of its own: in this one kernels may be interpreted.
-    command = [sys.executable, "-m", "laco_kernels.kernels.resources", "--gate"]
+    command = [sys.executable, "-m", "laco_kernels.bench.resources", "--gate"]
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr

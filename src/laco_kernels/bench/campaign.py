@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laco_kernels.bench import op_cases, operators
+from laco_kernels.bench import operators
 from laco_kernels.bench.environment import clocks, environment
 from laco_kernels.bench.gpu_timing import ceilings
-from laco_kernels.bench.op_variants import AUTOTUNE, OURS
+from laco_kernels.bench.op_variants import OURS
 from laco_kernels.bench.results import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from laco_kernels.bench.op_cases import OpCase
     from laco_kernels.bench.results import Results
 
     Case = dict[str, Any]
@@ -54,60 +53,6 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     lost: bool = False  # the device no longer answers this process
     rows: list[Row] = field(default_factory=list)
-
-
-def op_unit(
-    case: OpCase,
-    device: torch.device,
-    *,
-    variants: Sequence[str] | None = None,
-    autotune: bool = False,
-    limits: dict[str, float] | None = None,
-    rounds: int | None = None,
-    seconds: float = 1.0,
-) -> Unit:
-    """Return the run of one operator's case; max-autotune competes with ``autotune``, or where it is among ``variants``."""
-    able = operators.names(case, device, variants, autotune=autotune)
-
-    def measure() -> Measured:
-        rivals = operators.contenders(case, device, able)
-        values = operators.measure_case(case, device, rivals, ceilings=limits, rounds=rounds, seconds=seconds)
-        return [(case.facts, name, found) for name, found in values.items()]
-
-    suite = "tiny" if case.encoder.startswith("tiny-") else "sweep" if case.sweep else "ops"
-    kind = "max-autotune" if AUTOTUNE in able else "ops"
-    name = f"{case} with max-autotune" if AUTOTUNE in able else str(case)
-    return Unit(name, suite, (case.facts,), measure, tuple(able), kind)
-
-
-def plan(
-    device: torch.device,
-    dtype: str,
-    *,
-    small: bool = False,
-    autotune: bool = False,
-    limits: dict[str, float] | None = None,
-    rounds: int | None = None,
-    seconds: float = 1.0,
-) -> list[Unit]:
-    """Return every unit, the most telling first: operators with a goal, encoders, the goals again with max-autotune, the
-    shapes of the goals in other directions, sweeps, the other operators.
-    """
-    from laco_kernels.bench.vec_units import vec_units
-
-    options: dict[str, Any] = {"limits": limits, "rounds": rounds, "seconds": seconds}
-    ops, sweeps = op_cases.op_cases(dtype), op_cases.sweep_cases(dtype)
-    if small:
-        ops, sweeps = op_cases.tiny(ops)[:3], op_cases.tiny(sweeps)[:2]
-    units = [op_unit(case, device, autotune=autotune, **options) for case in ops]
-    first = [i for i, case in enumerate(ops) if case.goal is not None]
-    shapes = {replace(ops[i], direction="forward") for i in first}
-    akin = [i for i, case in enumerate(ops) if i not in first and replace(case, direction="forward") in shapes]
-    again = [op_unit(ops[i], device, autotune=True, **options) for i in first if not (autotune or small)]
-    encoders = vec_units(device, dtype, small=small, rounds=rounds, seconds=8 * seconds)
-    growing = [op_unit(case, device, **options) for case in sweeps]
-    rest = [unit for i, unit in enumerate(units) if i not in first and i not in akin]
-    return [*(units[i] for i in first), *encoders, *again, *(units[i] for i in akin), *growing, *rest]
 
 
 def begin(

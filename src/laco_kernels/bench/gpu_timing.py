@@ -103,8 +103,8 @@ def rounds_of(
 ) -> dict[str, dict[str, list[float]]]:
     """Time the variants in turn, round after round; microseconds by variant and kind.
 
-    ``rounds`` of them, or as many as ``seconds`` allow: at least ten, at most 200.
-    Every other round goes backwards, so that what runs before a variant does not always do so.
+    ``rounds`` of them, or as many as ``seconds`` allow: at least ten, at most 200. Every other round goes backwards, so that
+    what runs before a variant does not always do so.
     """
     flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if device.type == "cuda" else None
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in clocks}

@@ -101,10 +101,11 @@ class Results:
         return name
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Put rows in, and the file in place; a row without rivals does not replace one that has a ratio to them."""
+        """Put rows in, and the file in place; a time without rivals does not replace one that has a ratio to them."""
         for row in rows:
             old = self.rows.get(row.key)
-            if old is None or not (old.values.get("ratio_eager") and not row.values.get("ratio_eager")):
+            is_poorer = old is not None and old.values.get("ratio_eager") and not row.values.get("ratio_eager")
+            if not (is_poorer and row.values["timings"]):
                 self.rows[row.key] = row
         self.write()
 

@@ -63,7 +63,7 @@ def ops(
     fails its check against float64 has no time.
     """
     with usage_errors():
-        from laco_kernels.bench import campaign, op_cases, op_table, op_variants
+        from laco_kernels.bench import op_cases, op_table, op_variants, plan
 
         others = _others(allow_busy, device)
         place, precision = parse_device(device), _precision(dtype, device)
@@ -79,7 +79,7 @@ def ops(
                 raise ValueError(complaint("variants", repr(name), f"names among {known}", "Separate them with commas"))
         results, block, limits = _open(out, place, precision, commit, others)
     options: dict[str, Any] = {"variants": names, "autotune": autotune, "limits": limits, "rounds": rounds}
-    units = [campaign.op_unit(case, place, seconds=seconds, **options) for case in chosen]
+    units = [plan.op_unit(case, place, seconds=seconds, **options) for case in chosen]
     report = _run(units, results, block, place, None)
     if as_json:
         print_json(_as_json(report, results))
@@ -111,7 +111,7 @@ def everything(
     """
     out = out if out is not None or tiny else ROOT
     with usage_errors():
-        from laco_kernels.bench import campaign
+        from laco_kernels.bench import plan
 
         seconds_left = parse_budget(budget)
         others = _others(allow_busy, device)
@@ -119,7 +119,7 @@ def everything(
         results, block, limits = _open(out, place, precision, commit, others)
         quiet_transformers()
         options: dict[str, Any] = {"small": tiny, "autotune": autotune, "rounds": rounds, "seconds": seconds}
-        units = [unit for unit in campaign.plan(place, precision, limits=limits, **options) if matches(unit.name, only or "")]
+        units = [unit for unit in plan.plan(place, precision, limits=limits, **options) if matches(unit.name, only or "")]
         if not units:
             raise ValueError(complaint("filter", repr(only), "words of a unit's name", "Leave it out to measure everything"))
     report = _run(units, results, block, place, seconds_left)

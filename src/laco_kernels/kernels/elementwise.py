@@ -112,8 +112,8 @@ def _forward(h: torch.Tensor, activation: int, *, gated: bool = False) -> torch.
         launch(
             activation_kernel,
             (triton.cdiv(m, ROW_TILE), triton.cdiv(n, COLUMN_TILE)),
-            reads=[h],
-            writes=[y],
+            y.device,
+            lambda: ([h], [y]),
             p_h=p_h,
             p_y=y,
             M=m,
@@ -140,8 +140,8 @@ def _backward(grad: torch.Tensor, h: torch.Tensor, activation: int, *, gated: bo
         launch(
             activation_backward_kernel,
             (triton.cdiv(m, ROW_TILE), triton.cdiv(n, COLUMN_TILE)),
-            reads=[grad, h],
-            writes=[dh],
+            dh.device,
+            lambda: ([grad, h], [dh]),
             p_grad=p_grad,
             p_h=p_h,
             p_dh=dh,

@@ -299,14 +299,18 @@ def gathered_gemm(
     out_width = windows.out_grid[1] if windows is not None else 1
     other = first if residual_of is None else residual_of
     missing = first  # an argument that the chosen epilogue does not touch
-    read = slice(prefix, prefix + (rows if windows is None or gather == ROWS else windows.num_patches))
-    scattered = out[:, out_prefix:]
-    residual_rows = slice(residual_prefix, None) if residual else slice(0)
+
+    def touches() -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        read = slice(prefix, prefix + (rows if windows is None or gather == ROWS else windows.num_patches))
+        residual_rows = slice(residual_prefix, None) if residual else slice(0)
+        reads = [*(source[:, read] for source in sources), weight, bias, derivative_at, other[:, residual_rows]]
+        return reads, [out[:, out_prefix:], save_pre, act, partial]
+
     launch(
         gathered_gemm_kernel,
         (triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn),),
-        reads=[*(source[:, read] for source in sources), weight, bias, derivative_at, other[:, residual_rows]],
-        writes=[scattered, save_pre, act, partial],
+        out.device,
+        touches,
         p_a=tuple(sources),
         p_w=weight,
         p_bias=missing if bias is None else bias.contiguous(),

@@ -9,11 +9,13 @@ import torch
 import triton.language as tl
 
 from laco_kernels.kernels.activation import ERF, TANH
-from laco_kernels.kernels.passes import COMPILERS, announce
+from laco_kernels.kernels.passes import COMPILERS, LISTENERS, announce
 from laco_kernels.kernels.select import interpreted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
+
+    from laco_kernels.kernels.passes import Tensors
 
 INTERPRETED = interpreted()
 
@@ -21,17 +23,16 @@ INTERPRETED = interpreted()
 def launch(
     kernel: Any,
     programs: tuple[int, ...],
-    *,
-    reads: Sequence[torch.Tensor | None],
-    writes: Sequence[torch.Tensor | None],
+    device: torch.device,
+    touches: Callable[[], tuple[Tensors, Tensors]],
     **arguments: Any,
 ) -> None:
-    """Run ``kernel`` on a grid of ``programs``; ``reads`` and ``writes`` are what it touches, for those who count bytes.
+    """Run ``kernel`` on a grid of ``programs``; ``touches`` returns what it reads and writes, for those who count bytes.
 
     On the meta device nothing runs; it is compiled where that is what somebody wants.
     """
-    announce(reads, writes)
-    device = next(tensor.device for tensor in writes if tensor is not None)
+    if LISTENERS:
+        announce(*touches())
     if device.type == "meta":
         for compile_ in COMPILERS:
             compile_(kernel, programs, arguments)

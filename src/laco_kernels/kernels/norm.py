@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import triton
@@ -217,8 +218,8 @@ def add_norm_forward(
         launch(
             add_norm_kernel,
             (triton.cdiv(m, tile.bm),),
-            reads=[x, delta, weight, bias, scale],
-            writes=[total, normed, mean, rstd],
+            normed.device,
+            lambda: ([x, delta, weight, bias, scale], [total, normed, mean, rstd]),
             p_x=p_x,
             p_delta=p_delta,
             p_weight=weight.contiguous(),
@@ -272,14 +273,19 @@ def add_norm_backward(
     p_dtotal = p_dnormed if dtotal is None else rows_of(dtotal)
     p_delta = p_dnormed if delta is None else rows_of(delta)
     missing = p_dnormed  # an argument that the gradients asked for do not touch
-    for wanted in _launches(needs, tile) if m else []:
+
+    def touches(wanted: Sequence[bool]) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
         through = wanted[0] or wanted[1] or wanted[4]
         vectors = [weight if through else None, scale if wanted[1] else None]
+        reads = [dtotal if through else None, dnormed, total, delta if wanted[4] else None, mean, rstd, *vectors]
+        return reads, [tensor if want else None for tensor, want in zip((dx, ddelta, *partials), wanted, strict=True)]
+
+    for wanted in _launches(needs, tile) if m else []:
         launch(
             add_norm_backward_kernel,
             (programs,),
-            reads=[dtotal if through else None, dnormed, total, delta if wanted[4] else None, mean, rstd, *vectors],
-            writes=[written if want else None for written, want in zip((dx, ddelta, *partials), wanted, strict=True)],
+            total.device,
+            functools.partial(touches, wanted),
             p_dtotal=p_dtotal,
             p_dnormed=p_dnormed,
             p_total=p_total,

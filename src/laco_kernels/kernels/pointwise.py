@@ -186,8 +186,8 @@ def split(
     launch(
         split_kernel,
         _tiles(m, channels),
-        reads=[x[:, prefix:], bias],
-        writes=[merged, None if out is None else out[:, prefix:]],
+        x.device,
+        lambda: ([x[:, prefix:], bias], [merged, None if out is None else out[:, prefix:]]),
         p_x=x,
         p_s=x if merged is None else merged,
         p_r=x if out is None else out,
@@ -234,8 +234,8 @@ def gelu_backward(
         launch(
             gelu_backward_kernel,
             _tiles(m, n),
-            reads=[grad, pre],
-            writes=[out, act, partial],
+            out.device,
+            lambda: ([grad, pre], [out, act, partial]),
             p_grad=grad,
             p_pre=pre,
             p_out=out,
@@ -268,8 +268,8 @@ def join(merged: torch.Tensor, grad: torch.Tensor, windows: Windows, scatter: in
     launch(
         join_kernel,
         _tiles(m, channels),
-        reads=[merged, grad[:, prefix:] if residual else None],
-        writes=[out[:, prefix:]],
+        out.device,
+        lambda: ([merged, grad[:, prefix:] if residual else None], [out[:, prefix:]]),
         p_s=merged,
         p_g=grad,
         p_x=out,

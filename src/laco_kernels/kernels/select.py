@@ -7,7 +7,7 @@ An explicit ``impl=`` never falls back. The automatic choice is made by this rul
    this operator, direction (forward or backward), dtype and number of output tokens.
 3. It has rows for other devices, and ``laco check`` passed here (its verdict lies in the user's cache folder): the winner on
    the device of the nearest architecture.
-4. Else the reference. A kernel that was never verified on a GPU of this architecture is never chosen by itself.
+4. Else the reference. A kernel that was never verified on this GPU or its like is never chosen by itself.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def verdict_file() -> Path:
 @functools.cache
 def _verdict_key(device_name: str, op: str, dtype: str) -> str:
     # Not from the distributions' metadata: Triton comes under several names.
-    modules = [importlib.import_module(name) for name in ("laco_kernels", "torch", "triton")]
-    versions = [f"{module.__name__} {module.__version__}" for module in modules]
+    packages = [importlib.import_module(name) for name in ("laco_kernels", "torch", "triton")]
+    versions = [f"{package.__name__} {package.__version__}" for package in packages]
     return ", ".join([device_name, op, dtype.removeprefix("torch."), *versions])
 
 

@@ -3,7 +3,7 @@
 The operators run on the meta device, on the widths of the papers' encoders; whatever they launch is compiled by Triton's own
 specialisation for each architecture instead of being run. bfloat16 stands for float16, whose instructions are the same. Widths
 that are no multiple of 16 are slower and may spill; they are not in the table. ``make resources`` keeps what
-``python -m laco_kernels.kernels.resources`` prints, JSON with a row a line. It cannot run where kernels are interpreted.
+``python -m laco_kernels.bench.resources`` prints, JSON with a row a line. It cannot run where kernels are interpreted.
 """
 
 from __future__ import annotations
