@@ -93,8 +93,30 @@ def test_json_is_the_only_thing_on_standard_output(encoder):
 
 def test_bfloat16_and_compile(encoder):
     result = json.loads(vec(encoder, "--json", "--dtype", "bfloat16", "--compile").stdout)
-    assert (result["dtype"], result["compiled"]) == ("bfloat16", True)
+    assert (result["dtype"], result["modes"]) == ("bfloat16", ["compile"])
     assert all(row["correct"] for row in result["rows"])
+
+
+@pytest.mark.parametrize("training", [[], ["--training"]], ids=["inference", "training"])
+def test_every_way_to_make_it_faster_beside_eager(encoder, tmp_path, training):
+    done = vec(encoder, "--optimize", "--out", tmp_path / "out", *training)
+    assert done.exit_code == 0, done.output
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert result["modes"] == ["eager", "fused", "compile"]  # graphs need a GPU
+    assert result["training"] == bool(training)
+    assert {(row["depth"], row["mode"]) for row in result["rows"]} == {
+        (depth, mode) for depth in ("1/4", "1/2", "1") for mode in result["modes"]
+    }
+    assert all(row["correct"] for row in result["rows"])
+    assert [row["mode_ratio"]["median"] for row in result["rows"] if row["mode"] == "eager"] == [1, 1, 1]
+    assert "over eager" in next((tmp_path / "out").glob("*.md")).read_text()
+
+
+def test_one_way_at_a_time(encoder):
+    done = vec(encoder, "--optimize", "--compile")
+    assert done.exit_code == 2
+    assert "optimize: got it together with --compile" in done.output
 
 
 def test_a_wrong_result_is_a_failed_check(encoder, monkeypatch):

@@ -10,10 +10,27 @@ import importlib
 from types import ModuleType
 
 from laco_kernels import nn
-from laco_kernels.ops import activate, add_norm, gated_silu, multi_block_linear_gelu, patch_merge, strided_conv_gelu
+from laco_kernels.ops import (
+    activate,
+    add_norm,
+    gated_silu,
+    multi_block_linear_gelu,
+    packed_linear,
+    patch_merge,
+    strided_conv_gelu,
+)
 
 __version__ = "0.1.0"
-__all__ = ["activate", "add_norm", "gated_silu", "multi_block_linear_gelu", "nn", "patch_merge", "strided_conv_gelu"]
+__all__ = [
+    "activate",
+    "add_norm",
+    "gated_silu",
+    "multi_block_linear_gelu",
+    "nn",
+    "packed_linear",
+    "patch_merge",
+    "strided_conv_gelu",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -128,16 +128,16 @@ def test_more_depths_than_the_compiler_keeps_by_itself():
     encoder, images = stock("siglip", dtype=torch.float32, num_hidden_layers=3), pixels(dtype=torch.float32)
     depths = [Fraction(i, 3) for i in range(1, 4)]
     with torch._dynamo.config.patch(recompile_limit=2):
-        result = measure_vec(encoder, "x", depths, [images], weights="random", images=2, compiled=True, rounds=1)
+        result = measure_vec(encoder, "x", depths, [images], weights="random", images=2, modes=["compile"], rounds=1)
     assert [row.layer for row in result.rows] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_a_row_is_made_of(monkeypatch, compiled):
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_what_a_row_is_made_of(monkeypatch, mode):
     """Known times instead of measured ones; everything else against counts by hand."""
     encoder, images = stock("siglip", side=6, dtype=torch.float32, vision_use_head=False), pixels(6, 3, torch.float32)
     compilations = []
-    times = {"1/4": [1.0, 3.0, 2.0], "1": [4.0, 9.0, 8.0]}
+    times = {f"1/4 {mode}": [1.0, 3.0, 2.0], f"1 {mode}": [4.0, 9.0, 8.0]}
 
     def interleave(variants, device, **_):
         for call in variants.values():
@@ -153,9 +153,9 @@ def test_what_a_row_is_made_of(monkeypatch, compiled):
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setitem(cases.PAPER_MS, "toy", {Fraction(1, 4): 5.0, Fraction(1): 10.0})
     batches = [images, images + 1]
-    result = measure_vec(encoder, "toy", [Fraction(1, 4), Fraction(1)], batches, weights="w", images=6, compiled=compiled)
+    result = measure_vec(encoder, "toy", [Fraction(1, 4), Fraction(1)], batches, weights="w", images=6, modes=[mode])
     quarter, whole = result.rows
-    assert len(compilations) == 2 * compiled
+    assert len(compilations) == 2 * (mode == "compile")
     assert (quarter.ratio.median, quarter.vec_ms.median, whole.ratio.median) == (4.0, 2.0, 1.0)
     assert (quarter.paper_ratio, whole.paper_ratio) == (2.0, 1.0)
     assert (result.batch, result.tokens_in, quarter.tokens, quarter.layer) == (3, 36, 9, 1)

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = ("json", "md", "png")
 MEASURED, PAPER = "#1b6ca8", "#d1495b"
+OTHERS = ("#2a9d8f", "#e9a23b", "#6a4c93", "#7d8597", "#b5651d", "#3a3a3a")  # one for every mode behind the first
 
 
 def headline(result: VecResult) -> str:
     """One line that says what was measured."""
     images = f"{result.images} photo{'s' if result.images > 1 else ''}"
-    how = "torch.compile" if result.compiled else "eager"
+    how = "training step, " if result.training else ""
+    how += result.modes[0] if len(result.modes) == 1 else f"{len(result.modes)} modes"
     return (
         f"{result.encoder}, batch {result.batch}, {result.dtype}, {how}, {result.weights} weights, {images}, "
         f"{result.tokens_in} tokens in, {result.rounds} interleaved rounds"
@@ -44,35 +46,54 @@ def machine(result: VecResult) -> str:
 
 def legend(result: VecResult) -> str:
     """What the columns mean, and the overhead."""
-    worst = max(row.overhead for row in result.rows)
-    return (
-        "VEC: vision-encode time of one batch in ms, median (p20-p80). Ratio: VEC @1 / VEC, paired by round; "
-        "paper: the same from LaCo's tables. MiB: peak of activations. ok: error against float64 weights and products at most "
-        f"twice that of the raster layout in the run's precision. Time outside embeddings, layers, merge and norms: at most "
-        f"{worst:.2%}."
+    first = f" in mode {result.modes[0]}" if len(result.modes) > 1 else ""
+    what = "time of one forward and backward pass" if result.training else "vision-encode time of one batch"
+    parts = [f"VEC: {what} in ms, median (p20-p80). Ratio: VEC @1{first} / VEC, paired by round;"]
+    if len(result.modes) > 1:
+        parts.append(f"over {result.modes[0]}: the same at one depth;")
+    parts.append(
+        "paper: the ratio from LaCo's tables. MiB: peak of activations. ok: error against float64 weights and products at most "
+        "twice that of the raster layout in the run's precision."
     )
+    outside = [row.overhead for row in result.rows if row.overhead is not None]
+    if outside:
+        parts.append(f"Time outside embeddings, layers, merge and norms: at most {max(outside):.2%}.")
+    return " ".join(parts)
 
 
 COLUMNS = ("depth", "layer", "tokens", "GFLOPs", "+params", "VEC ms", "ratio", "paper", "MiB", "ok")
 
 
-def cells(row: VecRow) -> tuple[str, ...]:
-    """Return the cells of one row, in the order of ``COLUMNS``."""
+MODE_COLUMNS = ("depth", "mode", "VEC ms", "ratio", "paper", "over", "MiB", "ok")
+
+
+def columns(result: VecResult) -> tuple[str, ...]:
+    """Return the columns of a table of ``result``: what a mode changes, where there are several."""
+    if len(result.modes) == 1:
+        return COLUMNS
+    return tuple(f"over {result.modes[0]}" if name == "over" else name for name in MODE_COLUMNS)
+
+
+def cells(row: VecRow, *, with_mode: bool = False) -> tuple[str, ...]:
+    """Return the cells of one row, in the order of ``COLUMNS``, or of ``MODE_COLUMNS``."""
     values = (row.vec_ms.median, row.vec_ms.p20, row.vec_ms.p80)
     form = "{:.3g}" if row.vec_ms.median >= 1e5 else "{:.0f}" if row.vec_ms.median >= 100 else "{:.2f}"
     median, low, high = (form.format(value) for value in values)
-    return (
-        depth_label(row.depth),
-        str(row.layer),
-        str(row.tokens),
-        f"{row.gflops:.0f}" if row.gflops >= 10 else f"{row.gflops:.2g}",
-        f"{row.added_parameters / 1e6:.1f}M",
-        f"{median} ({low}-{high})",
-        f"{row.ratio.median:.2f}x",
-        "-" if row.paper_ratio is None else f"{row.paper_ratio:.2f}x",
-        f"{row.peak_mib:.0f}",
-        "yes" if row.correct else "NO",
-    )
+    known = {
+        "depth": depth_label(row.depth),
+        "mode": row.mode,
+        "layer": str(row.layer),
+        "tokens": str(row.tokens),
+        "GFLOPs": f"{row.gflops:.0f}" if row.gflops >= 10 else f"{row.gflops:.2g}",
+        "+params": f"{row.added_parameters / 1e6:.1f}M",
+        "VEC ms": f"{median} ({low}-{high})",
+        "ratio": f"{row.ratio.median:.2f}x",
+        "paper": "-" if row.paper_ratio is None else f"{row.paper_ratio:.2f}x",
+        "over": f"{row.mode_ratio.median:.2f}x",
+        "MiB": f"{row.peak_mib:.0f}",
+        "ok": "yes" if row.correct else "NO",
+    }
+    return tuple(known[name] for name in (MODE_COLUMNS if with_mode else COLUMNS))
 
 
 def depth_label(depth: str) -> str:
@@ -83,44 +104,53 @@ def depth_label(depth: str) -> str:
 def table(result: VecResult) -> Table:
     """Return the result as a table that fits into 80 columns."""
     out = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in COLUMNS:
-        out.add_column(name, justify="left" if name == "depth" else "right", no_wrap=True)
+    for name in columns(result):
+        out.add_column(name, justify="left" if name in ("depth", "mode") else "right", no_wrap=True)
     for row in result.rows:
-        out.add_row(*cells(row), style=None if row.correct else "red")
+        out.add_row(*cells(row, with_mode=len(result.modes) > 1), style=None if row.correct else "red")
     return out
 
 
 def markdown(result: VecResult) -> str:
     """Return the result as Markdown."""
-    lines = [f"**{headline(result)}**", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in result.rows]
+    names, several = columns(result), len(result.modes) > 1
+    lines = [f"**{headline(result)}**", "", f"| {' | '.join(names)} |", "|---" + "|---:" * (len(names) - 1) + "|"]
+    lines += [f"| {' | '.join(cells(row, with_mode=several))} |" for row in result.rows]
     return "\n".join([*lines, "", legend(result), "", f"Measured on {machine(result)}.", ""])
 
 
 def picture(result: VecResult, path: Path) -> None:
-    """Draw VEC against depth, measured and as published, each relative to its own @1, as PNG."""
-    rows = result.rows
-    xs = range(len(rows))
+    """Draw VEC against depth, measured and as published, each relative to @1 in the first mode, as PNG."""
+    first = [row for row in result.rows if row.mode == result.modes[0]]
+    places = {row.depth: x for x, row in enumerate(first)}
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=160, layout="constrained")
-    share = [100 / row.ratio.median for row in rows]
-    low = [s - 100 / row.ratio.p80 for s, row in zip(share, rows, strict=True)]
-    high = [100 / row.ratio.p20 - s for s, row in zip(share, rows, strict=True)]
-    axes.errorbar(xs, share, yerr=[low, high], color=MEASURED, marker="o", capsize=3, label="measured (p20 to p80)")
-    for x, y, row in zip(xs, share, rows, strict=True):
-        text = f"{row.vec_ms.median:.0f} ms" if row.vec_ms.median >= 100 else f"{row.vec_ms.median:.1f} ms"
-        axes.annotate(text, (x, y), xytext=(6, -16), textcoords="offset points", ha="left", color=MEASURED)
-    published = [(x, 100 / row.paper_ratio) for x, row in zip(xs, rows, strict=True) if row.paper_ratio]
+    several = len(result.modes) > 1
+    for color, mode in zip([MEASURED, *OTHERS], result.modes, strict=False):
+        rows = [row for row in result.rows if row.mode == mode]
+        xs = [places[row.depth] for row in rows]
+        share = [100 / row.ratio.median for row in rows]
+        low = [s - 100 / row.ratio.p80 for s, row in zip(share, rows, strict=True)]
+        high = [100 / row.ratio.p20 - s for s, row in zip(share, rows, strict=True)]
+        label = mode if several else "measured (p20 to p80)"
+        axes.errorbar(xs, share, yerr=[low, high], color=color, marker="o", capsize=3, label=label)
+        if several:
+            continue
+        for x, y, row in zip(xs, share, rows, strict=True):
+            text = f"{row.vec_ms.median:.0f} ms" if row.vec_ms.median >= 100 else f"{row.vec_ms.median:.1f} ms"
+            axes.annotate(text, (x, y), xytext=(6, -16), textcoords="offset points", ha="left", color=color)
+    published = [(places[row.depth], 100 / row.paper_ratio) for row in first if row.paper_ratio]
     if published:
         axes.plot(*zip(*published, strict=True), color=PAPER, marker="s", linestyle="--", label="LaCo paper")
-    axes.set_xticks(xs, [f"{depth_label(row.depth)}\nlayer {row.layer}" for row in rows])
-    axes.set_xlim(-0.3, len(rows) - 0.4)
-    axes.set_ylim(0, 110)
-    axes.set_xlabel(f"where 2 x 2 tokens are merged ({result.tokens_in} tokens in, {rows[0].tokens} out)")
-    axes.set_ylabel("vision encoding cost, % of @1")
+    axes.set_xticks(list(places.values()), [f"{depth_label(row.depth)}\nlayer {row.layer}" for row in first])
+    axes.set_xlim(-0.3, len(first) - 0.4)
+    axes.set_ylim(0, max(110, *(105 / row.ratio.median for row in result.rows)))
+    axes.set_xlabel(f"where 2 x 2 tokens are merged ({result.tokens_in} tokens in, {first[0].tokens} out)")
+    what = "training step" if result.training else "vision encoding cost"
+    axes.set_ylabel(f"{what}, % of @1" + (f" {result.modes[0]}" if several else ""))
     axes.set_title(f"{result.encoder}, batch {result.batch}, {result.dtype}\n{result.environment['device']}", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left" if several else "lower right", frameon=False, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
@@ -146,7 +176,7 @@ def write(result: VecResult, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Path(result.encoder).resolve().name
-    base = f"vec-{encoder}-{result.device}-{result.dtype}-batch{result.batch}"
+    base = f"vec-{encoder}-{result.device}-{result.dtype}-batch{result.batch}{'-training' * result.training}"
     stem, number = base, 1
     while any((folder / f"{stem}.{suffix}").exists() for suffix in SUFFIXES):
         number += 1

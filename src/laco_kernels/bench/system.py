@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import statistics
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,30 +21,44 @@ from laco_kernels.bench.timing import Spread, between, interleave, milliseconds,
 from laco_kernels.errors import complaint
 from laco_kernels.hf.compress import compress, layer_at, load_stock
 from laco_kernels.hf.mixins import inner_layout, windows_of
+from laco_kernels.hf.optimize import optimize, restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from fractions import Fraction
 
     from transformers import PreTrainedModel
 
     from laco_kernels.hf.mixins import CompressedEncoder
 
 
+# How an encoder can be run: what laco_kernels.hf.optimize is told, nothing for the encoder as it is.
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "fused": {"fuse": True},
+    "graphs": {"fuse": False, "graphs": True},
+    "fused+graphs": {"fuse": True, "graphs": True},
+    "compile": {"fuse": False, "compile": True},
+    "compile+graphs": {"fuse": False, "compile": True, "graphs": True},
+    "fused+compile+graphs": {"fuse": True, "compile": True, "graphs": True},
+}
+
+
 @dataclass(frozen=True)
 class VecRow:
-    """One depth of one encoder."""
+    """One depth of one encoder, run in one mode."""
 
     depth: str
+    mode: str
     layer: int
     tokens: int  # coming out of the encoder, prefix tokens included
     gflops: float  # of one batch, a multiply-add counted as two
     added_parameters: int
     vec_ms: Spread
-    ratio: Spread  # VEC @1 / VEC, paired round by round
+    ratio: Spread  # VEC @1 in the first mode / VEC, paired round by round
+    mode_ratio: Spread  # VEC at this depth in the first mode / VEC
     paper_ratio: float | None
     peak_mib: float  # activations of one batch beyond the weights
-    overhead: float  # time outside embeddings, layers, norms and head, as a fraction of the time inside
+    overhead: float | None  # time outside embeddings, layers, norms and head over the time inside; of eager encoders
     error: float  # relative to float64
     error_budget: float  # twice the error of the raster layout in the same precision, plus one rounding step
     correct: bool
@@ -56,7 +72,8 @@ class VecResult:
     batch: int
     dtype: str
     device: str
-    compiled: bool
+    modes: list[str]
+    training: bool  # forward and backward pass, of the sum of the features, for every parameter
     rounds: int
     images: int
     tokens_in: int
@@ -98,7 +115,8 @@ def measure_vec(
     *,
     weights: str,
     images: int,
-    compiled: bool = False,
+    modes: Sequence[str] = ("eager",),
+    training: bool = False,
     rounds: int | None = None,
     seconds: float = 45.0,
     on_step: Callable[[str, float], None] = lambda *_: None,
@@ -112,76 +130,105 @@ def measure_vec(
         pixel_batches: batches ``[batch, 3, height, width]`` of one size, taken in turn.
         weights: ``"random"`` or ``"checkpoint"``.
         images: how many photos the batches are made of.
-        compiled: time ``torch.compile``\\ d encoders.
+        modes: how the encoders are run, names in :data:`MODES`; the first one is what the others are compared with.
+        training: time a forward and a backward pass.
         rounds: rounds to time; by default as many as ``seconds`` allow.
         seconds: time budget for the rounds.
         on_step: called before every slow step with what it is and how much of the whole is done, for a progress bar.
     """
     device, dtype = encoder.device, encoder.dtype
     batches = [batch.to(device, dtype) for batch in pixel_batches]
-    num_layers = encoder.config.num_hidden_layers
-    variants = {
-        # Not the zero start: the correctness tick shall see the MLP.
-        str(depth): compress(encoder, layer=layer_at(depth, num_layers), zero_init_last=False)
-        for depth in depths
-    }
-    with torch.inference_mode():
+    keys = [(str(depth), mode) for depth in depths for mode in modes]
+    # Above its limit torch.compile would quietly run the rest uncompiled; what was compiled before counts too.
+    torch._dynamo.reset()
+    limit = max(2 * len(keys), torch._dynamo.config.recompile_limit)
+    with (
+        torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True),
+        contextlib.nullcontext() if training else torch.inference_mode(),
+    ):
         on_step("preparing float64 weights", 0.0)
         exact = copy.deepcopy(encoder).double()
-        facts = {}
-        for i, (depth, model) in enumerate(variants.items()):
-            on_step(f"checking @{depth}", 0.4 * i / len(variants))
-            facts[depth] = {**_check(model, encoder, exact, batches[0][:1]), **_count(model, batches[0])}
+        variants: dict[tuple[str, str], CompressedEncoder] = {}
+        facts: dict[tuple[str, str], dict[str, Any]] = {}
+        for i, depth in enumerate(depths):
+            on_step(f"checking @{depth}", 0.4 * i / len(depths))
+            made = _variants(encoder, layer_at(depth, encoder.config.num_hidden_layers), modes, training=training)
+            counted = _count(made[modes[0]])
+            judge = _judge(made[modes[0]], encoder, exact, batches[0][:1])
+            for mode, model in made.items():
+                variants[str(depth), mode] = model
+                facts[str(depth), mode] = {**counted(batches[0]), **judge(model), **_cost(model, mode, batches[0], training)}
         del exact
-        # Above its limit torch.compile would quietly run the rest uncompiled; what was compiled before counts too.
-        torch._dynamo.reset()
-        limit = max(2 * len(variants), torch._dynamo.config.recompile_limit)
-        with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
-            times = interleave(
-                {d: _forward(torch.compile(model) if compiled else model, batches) for d, model in variants.items()},
-                device,
-                rounds=rounds,
-                seconds=seconds,
-                warmup=3 if device.type == "cuda" else 1,
-                on_call=lambda done: on_step("timing", 0.4 + 0.6 * done),
-            )
-    rows = [
-        VecRow(
-            depth=depth,
-            layer=model.config.compression["layer"],
-            added_parameters=sum(p.numel() for p in model.merging_layer.merge.parameters()),
-            vec_ms=spread(times[depth]),
-            ratio=paired_ratio(times["1"], times[depth]),
-            paper_ratio=paper_ratio(name, as_depth),
-            **facts[depth],
+        times = interleave(
+            {f"{depth} {mode}": _step(model, batches, training) for (depth, mode), model in variants.items()},
+            device,
+            rounds=rounds,
+            seconds=seconds,
+            warmup=3 if device.type == "cuda" else 1,
+            on_call=lambda done: on_step("timing", 0.4 + 0.6 * done),
         )
-        for as_depth, (depth, model) in zip(depths, variants.items(), strict=True)
-    ]
-    with torch.inference_mode():
         tokens_in = encoder(batches[0][:1]).last_hidden_state.shape[1]
+    for model in variants.values():
+        restore(model)
     return VecResult(
         encoder=name,
         batch=len(batches[0]),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        compiled=compiled,
-        rounds=len(times["1"]),
+        modes=list(modes),
+        training=training,
+        rounds=len(times[f"1 {modes[0]}"]),
         images=images,
         tokens_in=tokens_in,
         weights=weights,
         environment=environment(device),
-        rows=rows,
+        rows=[
+            VecRow(
+                depth=depth,
+                mode=mode,
+                layer=model.config.compression["layer"],
+                added_parameters=sum(p.numel() for p in model.merging_layer.merge.parameters()),
+                vec_ms=spread(times[f"{depth} {mode}"]),
+                ratio=paired_ratio(times[f"1 {modes[0]}"], times[f"{depth} {mode}"]),
+                mode_ratio=paired_ratio(times[f"{depth} {modes[0]}"], times[f"{depth} {mode}"]),
+                paper_ratio=paper_ratio(name, Fraction(depth)) if not training else None,
+                **facts[depth, mode],
+            )
+            for (depth, mode), model in variants.items()
+        ],
     )
 
 
-def _forward(model: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor]) -> Callable[[int], object]:
-    return lambda i: model(batches[i % len(batches)])
+def _variants(encoder: PreTrainedModel, layer: int, modes: Sequence[str], *, training: bool) -> dict[str, CompressedEncoder]:
+    """Compress ``encoder`` once for every mode, all with the same weights."""
+    made: dict[str, CompressedEncoder] = {}
+    for mode in modes:
+        # Not the zero start: the correctness tick shall see the MLP.
+        model = made[mode] = compress(encoder, layer=layer, zero_init_last=False)
+        model.merging_layer.merge = made[modes[0]].merging_layer.merge
+        if MODES[mode]:
+            optimize(model, **MODES[mode])
+        model.train(training)
+    return made
 
 
-def _check(
+def _step(model: CompressedEncoder, batches: Sequence[torch.Tensor], training: bool) -> Callable[[int], object]:
+    if not training:
+        return lambda i: model(batches[i % len(batches)])
+    parameters = list(model.parameters())
+
+    def step(i: int) -> object:
+        features = model(batches[i % len(batches)]).last_hidden_state
+        # Heads that make other outputs get no gradient.
+        return torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+
+    return step
+
+
+def _judge(
     model: CompressedEncoder, encoder: PreTrainedModel, exact_encoder: PreTrainedModel, pixels: torch.Tensor
-) -> dict[str, Any]:
-    """Compare with the raster layout in float64, and allow twice what that layout itself errs in the same precision.
+) -> Callable[[CompressedEncoder], dict[str, Any]]:
+    """Return what compares an encoder with the raster layout in float64, and allows twice what that errs by itself.
 
     Weights and products are float64; AIMv2's norms compute in float32 even then.
     """
@@ -190,25 +237,48 @@ def _check(
     eager, exact = compress(encoder, **options), compress(exact_encoder, **options)
     eager.merging_layer.merge = model.merging_layer.merge
     exact.merging_layer.merge.load_state_dict(model.merging_layer.merge.state_dict())
-    truth = exact(pixels.double()).last_hidden_state
-    ours, theirs = (variant(pixels).last_hidden_state.double() for variant in (model, eager))
+
+    def features(variant: CompressedEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        training = variant.training
+        with torch.no_grad():
+            made: torch.Tensor = variant.eval()(pixels).last_hidden_state
+        variant.train(training)
+        return made.double()
+
+    truth, theirs = features(exact, pixels.double()), features(eager, pixels)
     scale = truth.norm()
-    error, eager_error = float((ours - truth).norm() / scale), float((theirs - truth).norm() / scale)
-    budget = 2 * eager_error + torch.finfo(pixels.dtype).eps
-    return {"error": error, "error_budget": budget, "correct": error <= budget, "tokens": ours.shape[1]}
+    budget = 2 * float((theirs - truth).norm() / scale) + torch.finfo(pixels.dtype).eps
+
+    def judge(variant: CompressedEncoder) -> dict[str, Any]:
+        ours = features(variant, pixels)
+        error = float((ours - truth).norm() / scale)
+        return {"error": error, "error_budget": budget, "correct": error <= budget, "tokens": ours.shape[1]}
+
+    return judge
 
 
-def _count(model: CompressedEncoder, pixels: torch.Tensor) -> dict[str, float]:
+def _count(model: CompressedEncoder) -> Callable[[torch.Tensor], dict[str, float]]:
+    """Return what counts the operations of a forward pass on a batch; what a backward pass adds is left out."""
     # The counter knows no fused attention on CPU; shapes alone are counted, so the meta device is exact and free.
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config)).eval()
-    with FlopCounterMode(display=False) as flops:
-        skeleton(pixels.to("meta", torch.float32))
-    return {
-        "gflops": flops.get_total_flops() / 1e9,
-        "peak_mib": peak_bytes(lambda: model(pixels), pixels.device) / 2**20,
-        "overhead": overhead(model, pixels),
-    }
+
+    def count(pixels: torch.Tensor) -> dict[str, float]:
+        with FlopCounterMode(display=False) as flops:
+            skeleton(pixels.to("meta", torch.float32))
+        return {"gflops": flops.get_total_flops() / 1e9}
+
+    return count
+
+
+def _cost(model: CompressedEncoder, mode: str, pixels: torch.Tensor, training: bool) -> dict[str, float | None]:
+    step = _step(model, [pixels], training)
+    if "graphs" in mode or "compile" in mode:
+        step(0)  # what a capture or a compilation holds for good is not what a call takes
+    found: dict[str, float | None] = {"peak_mib": peak_bytes(lambda: step(0), pixels.device) / 2**20, "overhead": None}
+    if mode == "eager" and not training:
+        found["overhead"] = overhead(model, pixels)
+    return found
 
 
 def overhead(model: CompressedEncoder, pixels: torch.Tensor) -> float:

@@ -81,18 +81,21 @@ def rows(result: VecResult) -> Measured:
     found: Measured = []
     for row in result.rows:
         case = {"encoder": result.encoder, "batch": result.batch, "dtype": result.dtype, "depth": row.depth}
+        if result.training:
+            case["step"] = "training"
         values: dict[str, Any] = {
             "ok": row.correct,
             "budget": row.error_budget,
             "reason": None if row.correct else "wrong: further from float64 than twice the raster layout",
             "timings": {"wall": _microseconds(row.vec_ms)} if row.correct else {},
             "ratio": dataclasses.asdict(row.ratio) if row.correct else None,
+            "mode_ratio": dataclasses.asdict(row.mode_ratio) if row.correct else None,
             "peak_bytes": round(row.peak_mib * 2**20),
             "tokens_in": result.tokens_in,
         }
         for name in ("error", "paper_ratio", "tokens", "layer", "gflops", "added_parameters", "overhead"):
             values[name] = getattr(row, name)
-        found.append((case, "compile" if result.compiled else "eager", values))
+        found.append((case, row.mode, values))
     return found
 
 

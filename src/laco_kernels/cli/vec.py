@@ -35,6 +35,8 @@ def vec(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")] = None,
     device: Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile'd encoders.")] = False,
+    optimized: Annotated[bool, typer.Option("--optimize", help="Time every way of making them faster beside eager.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="Time a forward and a backward pass.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds; at least 5, at most 200 are run.")] = 45,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and a picture.")] = None,
@@ -53,6 +55,7 @@ def vec(
         quiet_transformers()
         wanted = cases.parse_depths(depths)
         place, precision = parse_device(device), parse_dtype(dtype, device)
+        modes = _modes(compiled=compiled, optimized=optimized, can_graph=place.type == "cuda" and not training)
         if out is not None:
             report.check_folder(out)
         files = photos.find_images(images or [])
@@ -79,7 +82,8 @@ def vec(
                 pixels,
                 weights=weights,
                 images=len(opened),
-                compiled=compiled,
+                modes=modes,
+                training=training,
                 rounds=rounds,
                 seconds=seconds,
                 on_step=step,
@@ -109,3 +113,13 @@ def vec(
         raise typer.Exit(2)
     if failures or not all(row.correct for row in result.rows):
         raise typer.Exit(1)
+
+
+def _modes(*, compiled: bool, optimized: bool, can_graph: bool) -> list[str]:
+    from laco_kernels.bench import system
+
+    if compiled and optimized:
+        raise ValueError(complaint("optimize", "it together with --compile", "one of the two", "--optimize compiles too"))
+    if optimized:
+        return [mode for mode in system.MODES if can_graph or "graphs" not in mode]
+    return ["compile" if compiled else "eager"]

@@ -31,6 +31,7 @@ from laco_kernels.hf.encoders import (
     LacoSiglipVisionConfig,
     LacoSiglipVisionModel,
 )
+from laco_kernels.hf.optimize import optimize, restore
 
 __all__ = [
     "LacoAimv2VisionConfig",
@@ -42,4 +43,6 @@ __all__ = [
     "LacoSiglipVisionConfig",
     "LacoSiglipVisionModel",
     "compress",
+    "optimize",
+    "restore",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 from fractions import Fraction
@@ -17,6 +18,7 @@ from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
 from laco_kernels.hf.encoders import FAMILIES
 from laco_kernels.hf.mixins import CompressedEncoder, CompressionConfig, build_merge
+from laco_kernels.hf.optimize import optimize, settings_of
 
 DEFAULT_DEPTH = Fraction(1, 4)
 
@@ -54,7 +56,8 @@ def compress(
             ``zero_init_last``, ``approximate``.
 
     Returns:
-        The compressed encoder, on the device, in the dtype and in the training mode of ``encoder``.
+        The compressed encoder, on the device, in the dtype and in the training mode of ``encoder``, and optimised
+        (:func:`optimize`) where that is.
 
     Raises:
         TypeError: ``encoder`` is not a supported kind of object or class, or an option has the wrong type.
@@ -84,7 +87,11 @@ def compress(
     if source is None:
         model = model_class(compressed)
         return model.to(config.dtype) if config.dtype is not None else model
-    return _share_weights(load_stock(source) if isinstance(source, str) else source, model_class, compressed)
+    given = load_stock(source) if isinstance(source, str) else source
+    model = _share_weights(given, model_class, compressed)
+    if settings := settings_of(given):
+        optimize(model, **dataclasses.asdict(settings))
+    return model
 
 
 def load_stock(source: str) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from laco_kernels.ops import library
 from laco_kernels.ops.activation import activate, gated_silu
 from laco_kernels.ops.add_norm import add_norm
 from laco_kernels.ops.block_fusion import multi_block_linear_gelu
+from laco_kernels.ops.packed_linear import packed_linear
 from laco_kernels.ops.patch_merge import patch_merge
 from laco_kernels.ops.strided_conv import strided_conv_gelu
 
@@ -17,6 +18,7 @@ __all__ = [
     "cost",
     "gated_silu",
     "multi_block_linear_gelu",
+    "packed_linear",
     "patch_merge",
     "strided_conv_gelu",
 ]

@@ -53,22 +53,14 @@ def activate(h: torch.Tensor, *, activation: str = "gelu", impl: str | None = No
         RuntimeError: ``impl`` names an implementation that cannot run here.
     """
     checks.check_choice("activation", activation, ACTIVATIONS)
-    check_channels("h", h)
+    checks.check_channels("h", h)
     library.know_sharding()
     library.refuse_forward_mode("activate", (h,))
     return torch.ops.laco.activate(h, activation, select.check(impl, h.device, h.dtype, "activate"))
 
 
-def check_channels(name: str, tensor: torch.Tensor) -> None:
-    """Raise unless ``tensor`` is a floating-point ``[..., C]``."""
-    checks.check_tensor(name, tensor)
-    if tensor.dim() == 0 or tensor.shape[-1] == 0:
-        given = f"{tensor.dim()} dimensions {tuple(tensor.shape)}"
-        raise ValueError(complaint(name, given, "[..., C] with at least one channel", "Put the channels last"))
-
-
 def _check_pair(h: torch.Tensor) -> None:
-    check_channels("h", h)
+    checks.check_channels("h", h)
     if h.shape[-1] % 2:
         remedy = "Concatenate gate and up, torch.cat([gate, up], dim=-1)"
         raise ValueError(complaint("h", f"{h.shape[-1]} channels", "an even number, gate and up side by side", remedy))
@@ -97,7 +89,7 @@ def _activate(h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
 
 def _activate_fake(h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
     checks.check_choice("activation", activation, ACTIVATIONS)
-    check_channels("h", h)
+    checks.check_channels("h", h)
     return h.new_empty(h.shape)
 
 

@@ -9,7 +9,6 @@ import torch
 from laco_kernels.errors import complaint
 from laco_kernels.kernels import select
 from laco_kernels.ops import checks, library
-from laco_kernels.ops.activation import check_channels
 
 KINDS = ("layer", "rms")
 
@@ -87,7 +86,7 @@ def _check_shapes(
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> None:
-    check_channels("x", x)
+    checks.check_channels("x", x)
     if delta is not None:
         checks.check_tensor("delta", delta)
         if delta.shape != x.shape:

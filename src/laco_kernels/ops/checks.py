@@ -44,6 +44,14 @@ def check_tokens(name: str, tokens: torch.Tensor) -> None:
         raise ValueError(complaint(name, given, "3 dimensions [B, tokens, C]", remedy))
 
 
+def check_channels(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless ``tensor`` is a floating-point ``[..., C]``."""
+    check_tensor(name, tensor)
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        given = f"{tensor.dim()} dimensions {tuple(tensor.shape)}"
+        raise ValueError(complaint(name, given, "[..., C] with at least one channel", "Put the channels last"))
+
+
 def check_image_tokens(x: torch.Tensor, windows: Windows) -> None:
     """Raise unless ``x`` is ``[B, P + H * W, C]`` for this grid and prefix."""
     check_tokens("x", x)

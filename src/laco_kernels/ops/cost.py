@@ -52,6 +52,15 @@ def _fusion_backward(grad: Any, xs: Any, pre: Any, weight: Any, *settings: Any, 
     return whole * sum(needs[:blocks]) // blocks + whole * needs[-2]
 
 
+def _packed(x: Any, weights: Any, *_: Any, **__: Any) -> int:
+    return product_flops(math.prod(x[:-1]), *weights)
+
+
+def _packed_backward(grad: Any, x: Any, weights: Any, *settings: Any, **_: Any) -> int:
+    needs = settings[-1]
+    return product_flops(math.prod(x[:-1]), *weights) * (needs[0] + needs[1])
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "patch_merge": _merge,
     "patch_merge_backward": _merge_backward,
@@ -59,6 +68,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "strided_conv_gelu_backward": _conv_backward,
     "multi_block_linear_gelu": _linear,
     "multi_block_linear_gelu_backward": _fusion_backward,
+    "packed_linear": _packed,
+    "packed_linear_backward": _packed_backward,
 }
 for _name, _formula in FORMULAS.items():
     register_flop_formula(getattr(torch.ops.laco, _name))(_formula)
@@ -108,7 +119,7 @@ class Traffic(TorchDispatchMode):
         if func.namespace == "laco":
             names = [argument.name for argument in func._schema.arguments]
             values = {**dict(zip(names, args, strict=False)), **kwargs}
-            if self.impl is not None:
+            if self.impl is not None and "impl" in values:
                 values["impl"] = self.impl
             with self:
                 return BODIES[func._schema.name.partition("::")[2]](*values.values())

@@ -23,14 +23,34 @@ LIBRARY = torch.library.Library("laco", "DEF")
 BODIES: dict[str, Callable[..., Any]] = {}
 
 
+_seen: list[Any] = []  # functools.partial of bodies that a compiler would look into
+
+
 def define(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register ``laco::<schema>`` with its body and its fake."""
     name = schema.partition("(")[0]
     BODIES[name] = body
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, _without_autocast(body, key.lower()), key)
-    torch.library.register_fake(f"laco::{name}", fake, lib=LIBRARY)
+        _seen.append(functools.partial(_without_autocast(body, key.lower())))
+        LIBRARY.impl(name, _seen[-1], key)
+
+    def traced(*inputs: Any) -> Any:
+        _hide_bodies()
+        return fake(*inputs)
+
+    torch.library.register_fake(f"laco::{name}", traced, lib=LIBRARY)
+
+
+def _hide_bodies() -> None:
+    """Have compilers leave the bodies alone, from the first trace on.
+
+    Compiled code calls an operator under the compiler's eye, which would trace what it does inside. What prevents that imports
+    the compiler, and with it distributed tensors: too much for programs that use neither.
+    """
+    while _seen:
+        run = _seen.pop()
+        run.__setstate__((torch.compiler.disable(run.func), (), {}, {}))  # the registered object stays the same
 
 
 def _without_autocast(body: Callable[..., Any], kind: str) -> Callable[..., Any]:

@@ -76,6 +76,14 @@ def _activation_backward(grad: Any, h: Any, *_: Any) -> Any:
     return _with_batch(h, rules(1, 0, 2, 0))
 
 
+def _packed(x: Any, weights: Any, biases: Any, *_: Any) -> Any:
+    return _with_batch(x, rules(1, 0, 1, len(weights) + len(biases)))
+
+
+def _packed_backward(grad: Any, x: Any, weights: Any, *_: Any) -> Any:
+    return _with_batch(x, rules(1, 2, 2, len(weights)))
+
+
 def _with_batch(x: Any, placements: list[Any]) -> list[Any]:
     """Leave the batch-sharded placements out where the only dimension of ``x`` is its channels."""
     return placements[: 2 if x.ndim > 1 else 1]
@@ -93,6 +101,8 @@ RULES = {
     "gated_silu_backward": _activation_backward,
     "activate": _activation,
     "activate_backward": _activation_backward,
+    "packed_linear": _packed,
+    "packed_linear_backward": _packed_backward,
 }
 for _name, _rule in RULES.items():
     register_sharding(getattr(torch.ops.laco, _name).default)(_rule)

@@ -1,0 +1,302 @@
+"""Layers of stock vision encoders that compute the same with fewer passes over memory.
+
+Each is a subclass of a stock class and takes its place by ``module.__class__ = ...``: parameters, names, hooks and children
+stay what they are. Wherever a precondition fails, when it is called, the stock ``forward`` runs: a hook on a module that
+would be passed over, an adapter in its place, a device or dtype without a kernel.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.activations import GELUTanh, QuickGELUActivation
+from transformers.models.aimv2.modeling_aimv2 import Aimv2EncoderLayer, Aimv2MLP, Aimv2RMSNorm
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer, InternVLVisionRMSNorm
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipMLP
+
+from laco_kernels.hf.encoders import (
+    LacoAimv2EncoderLayer,
+    LacoCLIPEncoderLayer,
+    LacoInternVLVisionLayer,
+    LacoSiglipEncoderLayer,
+)
+from laco_kernels.kernels import select
+from laco_kernels.ops import activate, add_norm, gated_silu, packed_linear
+from laco_kernels.ops.checks import autocast_dtype
+from laco_kernels.ops.packed_linear import are_packed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Fused(nn.Module):
+    """Mixin for a module whose class was swapped; ``impl`` is what :func:`laco_kernels.hf.optimize` was told."""
+
+    impl: str | None
+
+
+def implementation(module: Fused, op: str, x: torch.Tensor) -> str | None:
+    """Return the implementation that a fused ``module`` calls ``op`` with on ``x``, or ``None`` for the stock code."""
+    if module.impl is not None:
+        return module.impl
+    chosen = select.choose(op, "forward", x.device, autocast_dtype(x), x.numel() // max(x.shape[-1], 1)).impl
+    return None if chosen == "reference" else chosen
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether hooks wait for ``module`` to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return whether ``module`` is of one of these very classes and nothing watches it: what may be passed over."""
+    return type(module) in kinds and not is_watched(module)
+
+
+class FusedRMSNorm(Fused):
+    """Mixin for an RMSNorm in one pass; rounds once, where the stock one rounds three times."""
+
+    weight: torch.Tensor
+    variance_epsilon: float
+    feeds_a_product: bool  # which under autocast lowers the precision in any case
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise ``[..., C]``."""
+        lowered = torch.is_autocast_enabled(hidden_states.device.type) and not self.feeds_a_product
+        impl = None if lowered else implementation(self, "add_norm", hidden_states)
+        if impl is None:
+            return super().forward(hidden_states)
+        eps = self.variance_epsilon
+        return add_norm(hidden_states, None, self.weight, kind="rms", eps=eps, impl=impl)[1]
+
+
+class FusedAimv2RMSNorm(FusedRMSNorm, Aimv2RMSNorm):
+    """AIMv2's norm in one pass."""
+
+
+class FusedInternVLVisionRMSNorm(FusedRMSNorm, InternVLVisionRMSNorm):
+    """InternViT's RMSNorm in one pass."""
+
+
+RMS_NORMS = (Aimv2RMSNorm, InternVLVisionRMSNorm, FusedAimv2RMSNorm, FusedInternVLVisionRMSNorm)
+
+
+class Pack:
+    """Linear layers that are called one after the other on the same input, by code that does not know of each other.
+
+    The first call computes them all; the others are handed their share.
+    """
+
+    def __init__(self, members: Sequence[nn.Linear]) -> None:
+        self.members: list[Any] = list(members)
+        self.waiting: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}  # by thread: the input, shares by member
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what waits for a call."""
+        return {"members": self.members, "waiting": {}}
+
+    def is_usable(self, x: torch.Tensor) -> bool:
+        """Return whether the layers have plain parameters, on the device of ``x`` and packed in memory."""
+        weights = [member.weight for member in self.members]
+        biases = [member.bias for member in self.members if member.bias is not None]
+        return (
+            (x.is_cuda or self.members[0].impl is not None)
+            and all(type(weight) is nn.Parameter and weight.device == x.device for weight in weights)
+            and len(biases) in (0, len(weights))
+            # A compiler cannot trace addresses; the operator looks at them again.
+            and (torch.compiler.is_compiling() or are_packed(weights))
+        )
+
+    def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what every layer makes of ``x``, views of one tensor."""
+        biases = [member.bias for member in self.members if member.bias is not None]
+        y = packed_linear(x, [member.weight for member in self.members], biases)
+        return y.split([member.out_features for member in self.members], dim=-1)
+
+    def share(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """Return what ``member`` makes of ``x``, or ``None`` where it has to compute it by itself."""
+        thread = threading.get_ident()
+        given, shares = self.waiting.pop(thread, (None, {}))
+        if given is not x or id(member) not in shares:
+            if not self.is_usable(x):
+                return None
+            shares = dict(zip(map(id, self.members), self.outputs(x), strict=True))
+        mine = shares.pop(id(member))
+        if shares:
+            self.waiting[thread] = x, shares
+        return mine
+
+
+class PackedLinear(Fused, nn.Linear):
+    """One of the linear layers of a :class:`Pack`."""
+
+    pack: Pack
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to ``[..., C]``."""
+        # A compiler's graph has no other thread, but no memory between calls either.
+        share = None if torch.compiler.is_compiling() else self.pack.share(self, x)
+        return super().forward(x) if share is None else share
+
+
+class FusedAimv2MLP(Fused, Aimv2MLP):
+    """SwiGLU with gate and up in one product and their gating in one pass."""
+
+    gate_proj: PackedLinear
+    up_proj: PackedLinear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the feed-forward block to ``[..., C]``."""
+        layers = (self.gate_proj, self.up_proj)
+        impl = implementation(self, "gated_silu", x)
+        plain = all(is_plain(layer, PackedLinear) for layer in layers) and not is_watched(self.act_fn)
+        if impl is None or not plain or not self.gate_proj.pack.is_usable(x):
+            return super().forward(x)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return self.down_proj(gated_silu(packed_linear(x, [layer.weight for layer in layers], biases), impl=impl))
+
+
+class FusedQuickGELU(Fused, QuickGELUActivation):
+    """CLIP's activation in one pass instead of three."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply it to ``[..., F]``."""
+        impl = implementation(self, "activate", x)
+        return super().forward(x) if impl is None else activate(x, activation="quick_gelu", impl=impl)
+
+
+class FusedSiglipMLP(Fused, SiglipMLP):
+    """The first product with bias and tanh-GELU in its epilogue, where nothing has to be kept for a backward pass."""
+
+    fc1: nn.Linear
+    fc2: nn.Linear
+    activation_fn: nn.Module
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the feed-forward block to ``[..., C]``."""
+        layer = self.fc1
+        tensors = (hidden_states, layer.weight, layer.bias)
+        if (
+            (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+            or torch.is_autocast_enabled(hidden_states.device.type)
+            or not hidden_states.is_cuda
+            or not is_plain(layer, nn.Linear)
+            or not is_plain(self.activation_fn, GELUTanh)
+        ):
+            return super().forward(hidden_states)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        # cuBLASLt's epilogue; on what it does not support torch computes the same in two passes.
+        made = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
+        return self.fc2(made.view(*hidden_states.shape[:-1], -1))
+
+
+class PatchProduct(Fused, nn.Conv2d):
+    """A patch embedding as one matrix product, whose result lies token by token: what the encoder flattens it to."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embed images ``[B, 3, height, width]`` into ``[B, C, H, W]``, a view of ``[B, H * W, C]``."""
+        if not (pixels.is_cuda or self.impl) or pixels.dim() != 4:
+            return super().forward(pixels)
+        (down, across), (height, width) = self.kernel_size, pixels.shape[-2:]
+        grid = height // down, width // across
+        pixels = pixels[:, :, : grid[0] * down, : grid[1] * across]
+        patches = pixels.unflatten(3, (grid[1], across)).unflatten(2, (grid[0], down)).permute(0, 2, 4, 1, 3, 5)
+        tokens = nn.functional.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+class FusedLayer(Fused):
+    """Mixin for an encoder layer that takes residual sum, LayerScale and the second norm in one pass."""
+
+    norms: ClassVar[tuple[str, str]] = ("layer_norm1", "layer_norm2")
+    attention_name: ClassVar[str] = "self_attn"
+    mlp_name: ClassVar[str] = "mlp"
+    scales: ClassVar[tuple[str, str] | None] = None
+    dropout: nn.Module  # of InternViT
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the layer on ``[B, tokens, C]``."""
+        norm1, norm2 = (getattr(self, name) for name in self.norms)
+        impl = implementation(self, "add_norm", hidden_states)
+        if impl is None or not is_plain(norm2, nn.LayerNorm, *RMS_NORMS):
+            return super().forward(hidden_states, *args, **kwargs)
+        attended = getattr(self, self.attention_name)(norm1(hidden_states), *args, **kwargs)[0]
+        scale1, scale2 = (None, None) if self.scales is None else (getattr(self, name) for name in self.scales)
+        is_layer = isinstance(norm2, nn.LayerNorm)
+        total, normed = add_norm(
+            hidden_states,
+            attended,
+            norm2.weight,
+            norm2.bias if is_layer else None,
+            scale=scale1,
+            kind="layer" if is_layer else "rms",
+            eps=norm2.eps if is_layer else norm2.variance_epsilon,
+            impl=impl,
+        )
+        made = getattr(self, self.mlp_name)(normed)
+        if scale2 is None:
+            return total + made
+        return torch.addcmul(total, self.dropout(made), scale2)
+
+
+class FusedAimv2EncoderLayer(FusedLayer, Aimv2EncoderLayer):
+    """AIMv2's encoder layer."""
+
+    norms = ("rms_norm1", "rms_norm2")
+    attention_name = "attention"
+    mlp_name = "ffn"
+
+
+class FusedSiglipEncoderLayer(FusedLayer, SiglipEncoderLayer):
+    """SigLIP's encoder layer."""
+
+
+class FusedCLIPEncoderLayer(FusedLayer, CLIPEncoderLayer):
+    """CLIP's encoder layer."""
+
+
+class FusedInternVLVisionLayer(FusedLayer, InternVLVisionLayer):
+    """InternViT's encoder layer."""
+
+    norms = ("layernorm_before", "layernorm_after")
+    attention_name = "attention"
+    scales = ("lambda_1", "lambda_2")
+
+
+# In a merging layer the merge comes behind the fused layer.
+class FusedLacoAimv2EncoderLayer(LacoAimv2EncoderLayer, FusedAimv2EncoderLayer):
+    """AIMv2's merging layer."""
+
+
+class FusedLacoSiglipEncoderLayer(LacoSiglipEncoderLayer, FusedSiglipEncoderLayer):
+    """SigLIP's merging layer."""
+
+
+class FusedLacoCLIPEncoderLayer(LacoCLIPEncoderLayer, FusedCLIPEncoderLayer):
+    """CLIP's merging layer."""
+
+
+class FusedLacoInternVLVisionLayer(LacoInternVLVisionLayer, FusedInternVLVisionLayer):
+    """InternViT's merging layer."""
+
+
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    Aimv2EncoderLayer: FusedAimv2EncoderLayer,
+    SiglipEncoderLayer: FusedSiglipEncoderLayer,
+    CLIPEncoderLayer: FusedCLIPEncoderLayer,
+    InternVLVisionLayer: FusedInternVLVisionLayer,
+    LacoAimv2EncoderLayer: FusedLacoAimv2EncoderLayer,
+    LacoSiglipEncoderLayer: FusedLacoSiglipEncoderLayer,
+    LacoCLIPEncoderLayer: FusedLacoCLIPEncoderLayer,
+    LacoInternVLVisionLayer: FusedLacoInternVLVisionLayer,
+}
+NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    Aimv2RMSNorm: FusedAimv2RMSNorm,
+    InternVLVisionRMSNorm: FusedInternVLVisionRMSNorm,
+}

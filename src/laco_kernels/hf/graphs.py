@@ -1,0 +1,233 @@
+"""An encoder's forward pass as CUDA graphs: one launch instead of hundreds, for every input shape that comes along."""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+WARMUPS = 3  # calls before a capture, in which libraries choose and allocate what they need
+CAPTURING = "transformers.utils.output_capturing"  # its hooks note outputs while a forward pass is captured, which is enough
+SIMPLE = (bool, int, float, str, type(None))
+
+
+@dataclass
+class Captured:
+    """A graph with the tensors it reads and writes; where there could be none, ``graph`` is ``None``."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)  # leaves: tensors, and what else the model returns
+    spec: Any = None
+    nbytes: int = 0
+
+
+class Anatomy:
+    """The modules and parameters of a model at one time, and how to see cheaply that they are still the same."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = list(model.modules())
+        self.inner = modules[1:]
+        slots = [(table, name) for m in modules for table in (m._modules, m._parameters, m._buffers) for name in table]
+        self.slots = slots
+        self.contents = [table[name] for table, name in slots]
+        self.tensors = [content for content in self.contents if isinstance(content, torch.Tensor)]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+    def has_moved(self) -> bool:
+        """Return whether a tensor has other memory now; they are kept alive, so that the old one may be read until then."""
+        return [tensor.data_ptr() for tensor in self.tensors] != self.addresses
+
+    def has_changed(self) -> bool:
+        """Return whether a module or tensor was replaced."""
+        return not all(map(operator.is_, [table.get(name) for table, name in self.slots], self.contents))
+
+    def is_watched(self) -> bool:
+        """Return whether somebody's hooks wait for modules inside, which a replay would pass over."""
+        for module in self.inner:
+            if module._forward_hooks or module._forward_pre_hooks:
+                hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+                if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
+                    return True
+        return False
+
+
+class GraphedForward:
+    """The forward pass of ``encoder``, replayed where nothing forbids it.
+
+    In evaluation mode and without gradients only; else, and with hooks on modules inside, the encoder runs as it is. A shape
+    is captured when it comes for the first time. The graphs used least recently are dropped where they hold more memory than
+    ``max_bytes``.
+
+    Args:
+        encoder: the model.
+        forward: its forward pass, as it runs outside graphs.
+        max_bytes: bound on the memory that graphs hold: inputs, outputs and everything in between.
+        batch_sizes: batches are padded to the next larger of these, so that few graphs serve all; none pads nothing.
+        clone: return copies of what a graph writes; else a result is valid until the next call.
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        forward: Callable[..., Any],
+        *,
+        max_bytes: int,
+        batch_sizes: Sequence[int] = (),
+        clone: bool = True,
+    ) -> None:
+        self.encoder = encoder
+        self.forward = forward
+        self.max_bytes = max_bytes
+        self.batch_sizes = sorted(batch_sizes)
+        self.clone = clone
+        self._start()
+
+    def _start(self) -> None:
+        self.graphs: OrderedDict[Any, Captured] = OrderedDict()
+        self.anatomy: Anatomy | None = None
+        self.pool: Any = None
+        self.finished: torch.cuda.Event | None = None
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the graphs, which read the memory of the original."""
+        kept = ("encoder", "forward", "max_bytes", "batch_sizes", "clone")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`__getstate__`."""
+        self.__dict__.update(state)
+        self._start()
+
+    def release(self) -> None:
+        """Drop all graphs and the memory they hold."""
+        if self.graphs:
+            torch.cuda.synchronize()  # one may be running
+        self.graphs.clear()
+        self.anatomy = self.pool = self.finished = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the encoder; arguments and outputs are its own."""
+        values = [*args, *kwargs.values()]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if self._allows(values, tensors):
+            with self.lock:
+                replayed = self._replay(args, kwargs, values, tensors)
+            if replayed is not None:
+                return replayed
+        return self.forward(*args, **kwargs)
+
+    def _allows(self, values: list[Any], tensors: list[torch.Tensor]) -> bool:
+        return (
+            bool(tensors)
+            and all(tensor.is_cuda and tensor.dim() for tensor in tensors)
+            and all(isinstance(value, (torch.Tensor, *SIMPLE)) for value in values)
+            and not self.encoder.training
+            and not torch.compiler.is_compiling()
+            and not torch.cuda.is_current_stream_capturing()
+            and not (torch.is_grad_enabled() and self._wants_gradients(tensors))
+        )
+
+    def _wants_gradients(self, tensors: list[torch.Tensor]) -> bool:
+        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.encoder.parameters())
+
+    def _replay(self, args: Any, kwargs: Any, values: list[Any], tensors: list[torch.Tensor]) -> Any:
+        """Return the outputs, or ``None`` where this call cannot be replayed."""
+        if self.anatomy is None or self.anatomy.has_moved():
+            self.release()
+            self.anatomy = Anatomy(self.encoder)
+        device, batch = tensors[0].device, tensors[0].shape[0]
+        padded = next((size for size in self.batch_sizes if size >= batch), batch)
+        key = (
+            padded,
+            *[
+                value if not isinstance(value, torch.Tensor) else (value.shape[1:], value.dtype, value.device)
+                for value in values
+            ],
+            len(args),
+            *kwargs,
+            torch.is_inference_mode_enabled(),
+            torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
+        )
+        stream = torch.cuda.current_stream(device)
+        if self.finished is not None:
+            stream.wait_event(self.finished)  # the buffers may be in use on another stream
+        if key not in self.graphs:
+            if self.anatomy.is_watched():
+                return None
+            self.graphs[key] = self._capture(args, kwargs, tensors, padded)
+            self._evict()
+        self.graphs.move_to_end(key)
+        captured = self.graphs[key]
+        if captured.graph is None:
+            return None
+        for buffer, tensor in zip(captured.inputs, tensors, strict=True):
+            buffer[: tensor.shape[0]].copy_(tensor)
+        captured.graph.replay()
+        # While the graph runs there is time to see whether it should have.
+        if self.anatomy.has_changed() or self.anatomy.is_watched():
+            self.release()
+            return None
+        outputs = [self._result(leaf, batch, padded) for leaf in captured.outputs]
+        self.finished = torch.cuda.Event()
+        self.finished.record(stream)
+        return tree_unflatten(outputs, captured.spec)
+
+    def _result(self, leaf: Any, batch: int, padded: int) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        leaf = leaf[:batch] if batch != padded and leaf.shape[:1] == (padded,) else leaf
+        return leaf.clone() if self.clone else leaf
+
+    def _capture(self, args: Any, kwargs: Any, tensors: list[torch.Tensor], padded: int) -> Captured:
+        """Capture a graph for tensors of these shapes, ``padded`` rows each; say so where that is impossible."""
+        device = tensors[0].device
+        inputs = [torch.zeros(padded, *tensor.shape[1:], dtype=tensor.dtype, device=device) for tensor in tensors]
+        for buffer, tensor in zip(inputs, tensors, strict=True):
+            buffer[: tensor.shape[0]].copy_(tensor)
+        buffers = iter(inputs)
+        args = [next(buffers) if isinstance(value, torch.Tensor) else value for value in args]
+        kwargs = {name: next(buffers) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        # What autocast keeps of the weights would lie in a graph's memory, where others would read it.
+        with torch.cuda.device(device), torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+            with torch.cuda.stream(side):
+                for _ in range(WARMUPS):
+                    self.forward(*args, **kwargs)
+            side.synchronize()
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            before, graph = torch.cuda.memory_reserved(device), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=side):
+                    outputs, spec = tree_flatten(self.forward(*args, **kwargs))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                torch.cuda.synchronize(device)
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"laco_kernels: this encoder cannot be captured as a CUDA graph ({reason})", stacklevel=6)
+                return Captured()
+        torch.cuda.current_stream(device).wait_stream(side)
+        held = sum(buffer.nbytes for buffer in inputs) + max(torch.cuda.memory_reserved(device) - before, 0)
+        return Captured(graph, inputs, outputs, spec, held)
+
+    def _evict(self) -> None:
+        """Drop the graphs used least recently until the others, the newest in any case, fit into the bound."""
+        while len(self.graphs) > 1 and sum(captured.nbytes for captured in self.graphs.values()) > self.max_bytes:
+            torch.cuda.synchronize()
+            self.graphs.popitem(last=False)

@@ -1,0 +1,282 @@
+"""Make a vision encoder faster without changing what it computes: :func:`optimize` and :func:`restore`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
+from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
+from transformers.models.siglip.modeling_siglip import SiglipMLP
+
+from laco_kernels.errors import complaint
+from laco_kernels.hf import fused
+from laco_kernels.hf.graphs import GraphedForward
+from laco_kernels.kernels import select
+from laco_kernels.ops.packed_linear import are_packed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+KEPT = "_laco_optimization"  # where an encoder keeps what was done to it
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of change: how many modules it concerns, and why it does nothing, where it does nothing."""
+
+    name: str
+    count: int
+    inactive: str | None = None
+
+    def __str__(self) -> str:
+        """Return it as a line."""
+        return f"{self.name}: {self.count}" + (f", inactive: {self.inactive}" if self.inactive else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`optimize` did."""
+
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        """Return it as lines."""
+        return "\n".join(map(str, self.parts))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`optimize` was asked for."""
+
+    fuse: bool
+    graphs: bool
+    compile: bool
+    impl: str | None
+    max_bytes: int
+    batch_sizes: tuple[int, ...]
+    clone: bool
+
+
+def optimize(
+    encoder: PreTrainedModel,
+    *,
+    fuse: bool = True,
+    graphs: bool = False,
+    compile: bool = False,
+    impl: str | None = None,
+    max_bytes: int = 4 * 2**30,
+    batch_sizes: Sequence[int] = (),
+    clone: bool = True,
+) -> Report:
+    """Make ``encoder`` faster in place: fewer passes over memory, fewer launches, the same numbers.
+
+    Parameters, their names, hooks, outputs and gradients stay what they are; :func:`restore` undoes it. Each change looks
+    at every call whether it applies, and leaves the stock code to run where it does not: on a CPU, under an adapter, beneath
+    a hook on a module that it would pass over.
+
+    Args:
+        encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
+            compressed. Optimise before wrapping it in DDP or sharding it by FSDP2.
+        fuse: residual sum, LayerScale and norm in one pass, RMSNorm in one pass; queries, keys and values as one product,
+            also SwiGLU's two; SwiGLU's and CLIP's activation in one pass; the patch embedding as one product; without
+            gradients SigLIP's activation inside the product before it.
+        graphs: replay the forward pass as a CUDA graph, captured for each shape, in evaluation mode and without gradients.
+        compile: run the forward pass through ``torch.compile``, by its own defaults; with ``graphs`` that is captured.
+        impl: the kernels' implementation, as for the operators: ``None`` is the measured choice, and only that may leave a
+            fusion inactive.
+        max_bytes: bound on the memory that graphs hold; those used least recently are dropped.
+        batch_sizes: with ``graphs``, pad batches to the next larger of these sizes.
+        clone: with ``graphs``, return copies; without them an output is overwritten by the next call.
+
+    Returns:
+        What was changed, how often, and what of it is inactive here and why; ``print`` it.
+
+    Raises:
+        TypeError: ``encoder`` is no model, or one without layers of a known family.
+        ValueError: an option is out of range, graphs are asked for an encoder whose parameters are sharded, ``encoder`` is
+            offloaded.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    settings = Settings(fuse, graphs, compile, impl, max_bytes, tuple(batch_sizes), clone)
+    _check(encoder, settings)
+    if getattr(encoder, KEPT, None) == settings:
+        return _report(encoder, settings)
+    restore(encoder)
+    if fuse:
+        _fuse(encoder, impl)
+    forward: Callable[..., Any] = encoder.forward
+    if compile:
+        forward = torch.compile(forward)
+    if graphs:
+        forward = GraphedForward(encoder, forward, max_bytes=max_bytes, batch_sizes=batch_sizes, clone=clone)
+    if compile or graphs:
+        encoder.forward = forward
+    encoder.__dict__[KEPT] = settings
+    return _report(encoder, settings)
+
+
+def restore(encoder: PreTrainedModel) -> None:
+    """Undo :func:`optimize`, and free the memory of its graphs; an encoder that is not optimised stays as it is."""
+    if encoder.__dict__.pop(KEPT, None) is None:
+        return
+    forward = encoder.__dict__.pop("forward", None)
+    if isinstance(forward, GraphedForward):
+        forward.release()
+    for module in encoder.modules():
+        if isinstance(module, fused.Fused):
+            if isinstance(module, fused.PackedLinear):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.untyped_storage().nbytes() != parameter.nbytes:
+                        getattr(module, name).data = parameter.data.clone()
+            for name in ("impl", "pack", "feeds_a_product"):
+                module.__dict__.pop(name, None)
+            kind: Any = STOCK[type(module)]
+            module.__class__ = kind
+
+
+def settings_of(encoder: nn.Module) -> Settings | None:
+    """Return what ``encoder`` was optimised with, if it was."""
+    return encoder.__dict__.get(KEPT)
+
+
+def _check(encoder: object, settings: Settings) -> None:
+    if not isinstance(encoder, PreTrainedModel):
+        remedy = "Pass the vision model itself, before torch.compile and before it is wrapped"
+        raise TypeError(complaint("encoder", type(encoder).__name__, "a vision model of transformers", remedy))
+    if not any(type(module) in fused.LAYERS or type(module) in STOCK for module in encoder.modules()):
+        names = ", ".join(layer.__name__ for layer in fused.LAYERS)
+        remedy = "Pass the vision tower of a supported family, before it is sharded"
+        raise TypeError(complaint("encoder", f"a {type(encoder).__name__}", f"one that has layers of type {names}", remedy))
+    if any(hasattr(module, "_hf_hook") for module in encoder.modules()):
+        remedy = "Optimise the model before accelerate dispatches or offloads it"
+        raise ValueError(
+            complaint("encoder", f"an offloaded {type(encoder).__name__}", "one whose weights are in place", remedy)
+        )
+    if settings.graphs and any(type(parameter).__name__ == "DTensor" for parameter in encoder.parameters()):
+        remedy = "Pass graphs=False, or do not shard the encoder"
+        raise ValueError(complaint("graphs", "True for sharded parameters", "parameters that stay where they are", remedy))
+    for size in settings.batch_sizes:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                complaint("batch_sizes", size, "integers of at least 1", "Pass for instance batch_sizes=(1, 4, 16)")
+            )
+    if settings.max_bytes < 0:
+        raise ValueError(complaint("max_bytes", settings.max_bytes, "at least 0", "Pass for instance max_bytes=4 * 2**30"))
+    if settings.impl is not None:
+        for op in select.TOWER_OPERATORS:
+            select.check(settings.impl, encoder.device, encoder.dtype, op)
+
+
+def _fuse(encoder: PreTrainedModel, impl: str | None) -> None:
+    for module in list(encoder.modules()):
+        if type(module) in fused.LAYERS:
+            _become(module, fused.LAYERS[type(module)], impl)
+            attention, mlp = (getattr(module, name) for name in (module.attention_name, module.mlp_name))
+            _pack([attention.q_proj, attention.k_proj, attention.v_proj], impl)
+            _fuse_mlp(mlp, impl)
+            for name in module.norms:
+                getattr(module, name).__dict__["feeds_a_product"] = True
+        elif type(module) in fused.NORMS:
+            _become(module, fused.NORMS[type(module)], impl)
+            module.__dict__.setdefault("feeds_a_product", False)
+        elif type(module) is nn.Conv2d and _embeds_patches(module):
+            _become(module, fused.PatchProduct, impl)
+
+
+def _fuse_mlp(mlp: Any, impl: str | None) -> None:
+    if type(mlp) is Aimv2MLP and type(mlp.act_fn) in (nn.SiLU, SiLUActivation):
+        _pack([mlp.gate_proj, mlp.up_proj], impl)
+        _become(mlp, fused.FusedAimv2MLP, impl)
+    elif type(getattr(mlp, "activation_fn", None)) is QuickGELUActivation:
+        _become(mlp.activation_fn, fused.FusedQuickGELU, impl)
+    elif type(mlp) is SiglipMLP and type(mlp.activation_fn) is GELUTanh:
+        _become(mlp, fused.FusedSiglipMLP, impl)
+
+
+def _embeds_patches(conv: nn.Conv2d) -> bool:
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
+    return plain and conv.stride == conv.kernel_size
+
+
+def _become(module: nn.Module, kind: type[nn.Module], impl: str | None) -> None:
+    module.__class__ = kind
+    module.__dict__["impl"] = impl
+
+
+def _pack(layers: list[nn.Linear], impl: str | None) -> None:
+    """Make the layers one :class:`laco_kernels.hf.fused.Pack`, and lay their parameters behind each other in memory."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+    tensors = [*weights, *biases]
+    if (
+        any(type(layer) is not nn.Linear for layer in layers)
+        or len(biases) not in (0, len(layers))
+        or any(type(t) is not nn.Parameter or (t.dtype, t.device) != (weights[0].dtype, weights[0].device) for t in tensors)
+        or len(set(map(id, tensors))) != len(tensors)
+    ):
+        return
+    for group in (weights, biases):
+        if group and not group[0].is_meta and not are_packed(group):
+            whole = torch.cat([parameter.data for parameter in group])
+            for parameter, rows in zip(group, whole.split([len(parameter) for parameter in group]), strict=True):
+                parameter.data = rows
+    pack = fused.Pack(layers)
+    for layer in layers:
+        _become(layer, fused.PackedLinear, impl)
+        layer.__dict__["pack"] = pack
+
+
+def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
+    """Count what was done, and look whether it would do something on this device."""
+    kinds = [type(module) for module in encoder.modules()]
+    parts = []
+    on_cpu = None if encoder.device.type == "cuda" else f"needs an NVIDIA GPU, not {encoder.device.type}"
+    no_gpu = on_cpu if settings.impl is None else None
+    patches = [
+        side // patch for side, patch in zip(*map(_pair, (encoder.config.image_size, encoder.config.patch_size)), strict=True)
+    ]
+    tokens = math.prod(patches)
+
+    def reason(op: str) -> str | None:
+        if settings.impl is not None:
+            return None
+        choice = select.choose(op, "forward", encoder.device, encoder.dtype, tokens)
+        return choice.reason if choice.impl == "reference" else None
+
+    def add(name: str, family: type[nn.Module] | tuple[type[nn.Module], ...], inactive: str | None) -> None:
+        count = sum(issubclass(kind, family) for kind in kinds)
+        if count:
+            parts.append(Part(name, count, inactive))
+
+    add("residual sum, LayerScale and norm in one pass", fused.FusedLayer, reason("add_norm"))
+    add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm"))
+    add("linear layers that share a product", fused.PackedLinear, no_gpu)
+    add("SwiGLU in one product and one pass", fused.FusedAimv2MLP, no_gpu or reason("gated_silu"))
+    add("quick GELU in one pass", fused.FusedQuickGELU, reason("activate"))
+    add("tanh-GELU inside the product before it, in inference", fused.FusedSiglipMLP, on_cpu)
+    add("patch embedding as one product", fused.PatchProduct, no_gpu)
+    if settings.compile:
+        parts.append(Part("torch.compile", 1))
+    if settings.graphs:
+        parts.append(
+            Part("CUDA graphs, in inference", 1, None if encoder.device.type == "cuda" else no_gpu or "no CUDA device")
+        )
+    return Report(tuple(parts))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+STOCK: dict[type[nn.Module], type[nn.Module]] = {
+    **{kind: stock for stock, kind in (fused.LAYERS | fused.NORMS).items()},
+    fused.PackedLinear: nn.Linear,
+    fused.FusedAimv2MLP: Aimv2MLP,
+    fused.FusedQuickGELU: QuickGELUActivation,
+    fused.FusedSiglipMLP: SiglipMLP,
+    fused.PatchProduct: nn.Conv2d,
+}

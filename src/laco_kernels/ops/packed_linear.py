@@ -1,0 +1,151 @@
+"""Several linear layers of one input as one matrix product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from laco_kernels.errors import complaint
+from laco_kernels.ops import checks, library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def packed_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    r"""Apply several linear layers to the same input, with one product forward and two backward.
+
+    .. math:: y = [x W_1^\top + b_1;\; x W_2^\top + b_2;\; \ldots]
+
+    Weights that lie behind each other in memory (:func:`are_packed`), as rows of one matrix, are read where they lie; others
+    are copied together first.
+
+    Args:
+        x: ``[..., C]``.
+        weights: matrices ``[F_i, C]`` in one dtype.
+        biases: vectors ``[F_i]``, one for each weight, or ``None``.
+
+    Returns:
+        ``[..., F_1 + F_2 + ...]``, under autocast in its dtype; ``y.split([F_1, F_2, ...], dim=-1)`` are the layers' outputs.
+
+    Raises:
+        TypeError: integer or complex tensors, mixed dtypes outside autocast.
+        ValueError: shapes that do not fit together, mixed devices, no weights.
+    """
+    _check_shapes(x, weights, biases)
+    tensors = {"x": x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)}}
+    tensors |= {f"biases[{i}]": bias for i, bias in enumerate(biases or ())}
+    checks.check_alike(tensors)
+    library.refuse_forward_mode("packed_linear", tensors.values())
+    return torch.ops.laco.packed_linear(x, list(weights), list(biases or ()), checks.autocast_dtype(x))
+
+
+def are_packed(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether contiguous tensors lie behind each other in one piece of memory."""
+    first = tensors[0]
+    address, memory = first.data_ptr(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != address or tensor.untyped_storage().data_ptr() != memory or not tensor.is_contiguous():
+            return False
+        address += tensor.nbytes
+    return address != first.data_ptr()
+
+
+def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the rows of all tensors as one tensor: a view where they are packed, else a copy."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if tensors[0].is_meta or not are_packed(tensors):
+        return torch.cat(list(tensors))
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return tensors[0].as_strided((rows, *tensors[0].shape[1:]), tensors[0].stride())
+
+
+def _check_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> None:
+    checks.check_channels("x", x)
+    if not weights:
+        raise ValueError(complaint("weights", "none", "one or more matrices", "Pass the weights of the layers to apply"))
+    if biases and len(biases) != len(weights):
+        expected = f"{len(weights)}, one for each weight"
+        raise ValueError(complaint("biases", f"{len(biases)} vectors", expected, "Pass zeros for a layer without a bias"))
+    for i, weight in enumerate(weights):
+        checks.check_tensor(f"weights[{i}]", weight)
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+            expected = f"[out, {x.shape[-1]}], the channels of x"
+            raise ValueError(complaint(f"weights[{i}]", list(weight.shape), expected, "Pass layers that read x"))
+        if weight.dtype != weights[0].dtype:
+            expected = f"{weights[0].dtype}, the dtype of weights[0]"
+            raise TypeError(complaint(f"weights[{i}]", weight.dtype, expected, "Convert one of them"))
+    for i, (bias, weight) in enumerate(zip(biases or (), weights, strict=False)):
+        checks.check_tensor(f"biases[{i}]", bias)
+        if bias.shape != weight.shape[:1]:
+            expected = f"[{weight.shape[0]}], the rows of weights[{i}]"
+            raise ValueError(complaint(f"biases[{i}]", list(bias.shape), expected, "Pass the bias of that layer"))
+
+
+def _forward(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    bias = pack(biases).to(dtype) if biases else None
+    return F.linear(x.to(dtype), pack(weights).to(dtype), bias)
+
+
+def _forward_fake(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    _check_shapes(x, weights, biases)
+    return x.new_empty(*x.shape[:-1], sum(weight.shape[0] for weight in weights), dtype=dtype)
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
+) -> tuple[torch.Tensor, ...]:
+    rows, weight = grad.reshape(-1, grad.shape[-1]), pack(weights)
+    dx = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs[0] else None
+    dweight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype) if needs[1] else None
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    dbias = rows.sum(0, dtype=wide).to(bias_dtype) if needs[2] else None
+    return library.present((dx, dweight, dbias), grad)
+
+
+def _backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
+) -> tuple[torch.Tensor, ...]:
+    made = (
+        x.new_empty(x.shape),
+        weights[0].new_empty(grad.shape[-1], x.shape[-1]),
+        grad.new_empty(grad.shape[-1], dtype=bias_dtype),
+    )
+    return tuple(tensor if need else grad.new_empty(0) for tensor, need in zip(made, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weights, biases, _ = inputs
+    ctx.needs = [any(tensor.requires_grad for tensor in tensors) for tensors in ((x,), weights, biases)]
+    ctx.bias_dtype = biases[0].dtype if biases else weights[0].dtype
+    ctx.sizes = [weight.shape[0] for weight in weights]
+    ctx.has_biases = bool(biases)
+    ctx.save_for_backward(x, *weights)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    x, *weights = ctx.saved_tensors
+    gradients = torch.ops.laco.packed_linear_backward(grad.contiguous(), x, weights, ctx.bias_dtype, ctx.needs)
+    dx, dweight, dbias = library.asked_for(gradients, ctx.needs)
+    dweights = [None] * len(ctx.sizes) if dweight is None else list(dweight.split(ctx.sizes))
+    dbiases = [None] * len(ctx.sizes) if dbias is None else list(dbias.split(ctx.sizes))
+    return dx, dweights, dbiases if ctx.has_biases else [], None
+
+
+library.define(
+    "packed_linear(Tensor x, Tensor[] weights, Tensor[] biases, ScalarType dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+library.define(
+    "packed_linear_backward(Tensor grad, Tensor x, Tensor[] weights, ScalarType bias_dtype, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+library.differentiate("packed_linear", _setup_context, _differentiate)
