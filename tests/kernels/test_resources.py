@@ -56,6 +56,13 @@ def test_half_precision_runs_on_the_matrix_units(resources):
             assert row["matrix_instruction"] != "none", row
 
 
+def test_norms_round_every_product(resources):
+    """A product added to unrounded does not cancel against the mean it went into: rstd would make a gradient of the rest."""
+    for row in resources + recorded():
+        if row["kernel"].startswith("add_norm"):
+            assert not row["contracted"], row
+
+
 def test_the_recorded_table_is_what_this_makes(resources):
     gated = [row for row in recorded() if row["dtype"] == "bf16" or row["arch"] == 90]
     if json.loads(RECORDED.read_text())["triton"] == triton.__version__:
