@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PY ?= $(BIN)/python
 JOBS ?= 2  # processes that tests run in
-TRITON ?= 3.6.0  # the oldest version supported, which torch 2.11 brings
+OLDEST := torch==2.11.0 triton==3.6.0  # the oldest versions supported
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: demo test lint format clean fuzz gpu faults gpu-test test-triton resources
+.PHONY: demo test lint format clean fuzz gpu faults gpu-test test-oldest resources
 
 demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper, on a real photo
 	$(BIN)/laco bench vec --out demo
@@ -17,8 +17,8 @@ demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper
 test: $(READY)
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup
 
-test-triton: .venv-triton-$(strip $(TRITON))/.ready  ## the kernels' tests with another Triton, in an environment of its own
-	$(<D)/bin/pytest tests/kernels -n $(JOBS) --dist loadgroup --hypothesis-profile=brief
+test-oldest: .venv-oldest/.ready  ## operators and kernels with the oldest torch and Triton, in an environment of its own
+	$(<D)/bin/pytest tests/ops tests/kernels -n $(JOBS) --dist loadgroup --hypothesis-profile=brief
 
 fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU; keeps the statistics
 	$(BIN)/laco env | sed '/^$$/,$$d' > fuzz.log
@@ -48,7 +48,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-triton-* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Written last, so that an interrupted installation is taken up again.
 $(READY): pyproject.toml setup.py constraints.txt
@@ -61,9 +61,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
-.venv-triton-%/.ready: pyproject.toml setup.py constraints.txt
+# NumPy 2.4 refuses what that Triton's interpreter does.
+.venv-oldest/.ready: pyproject.toml setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint <(grep -v -e '^triton' -e '^numpy' constraints.txt) \
-	  --editable . 'numpy<2.4' pytest pytest-xdist hypothesis
-	$(@D)/bin/python -m pip install --quiet --no-deps 'triton==$*'  # torch's CUDA builds ask for one version only
+	$(@D)/bin/python -m pip install --quiet --constraint <(grep -v -e '^torch' -e '^triton' -e '^numpy' constraints.txt) \
+	  --editable . $(OLDEST) 'numpy<2.4' pytest pytest-xdist hypothesis
 	@touch $@

@@ -22,7 +22,7 @@ TILES = "tests/kernels/test_kernels.py -k 'test_many_tiles and (patch_merge or s
 CONV_TILES = "tests/kernels/test_kernels.py -k 'test_many_tiles and strided_conv'"
 FAR = "tests/kernels/test_kernels.py -k test_strides_beyond"
 AROUND = "tests/kernels/test_kernels.py -k test_nothing_is_read"
-SUMS = "tests/kernels/test_kernels.py -k test_blocks_are_summed"
+PIECES = "tests/kernels/test_kernels.py -k taken_in_pieces"
 RANGE = "tests/kernels/test_kernels.py -k 'test_activations and triton'"
 TOWER, TOWER_TILES, TOWER_FAR, TOWER_AROUND, TOWER_MEMORY, TOWER_RANGE, ROUNDED, VIEWS = (
     f"tests/kernels/test_tower_kernels.py -k '{name}'"
@@ -34,7 +34,7 @@ TOWER, TOWER_TILES, TOWER_FAR, TOWER_AROUND, TOWER_MEMORY, TOWER_RANGE, ROUNDED,
 TOWER_REFERENCE, SAVED = "tests/test_reference_tower.py", "tests/ops/test_tower_ops.py -k test_add_norm_saves"
 MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
 
-FILES = dict.fromkeys(("split", "gelu_backward", "join"), "kernels/pointwise.py")
+FILES = dict.fromkeys(("split", "collect", "gelu_backward", "join"), "kernels/pointwise.py")
 FILES |= {name: f"kernels/{name}.py" for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused")}
 FILES |= {name: f"kernels/{name}.py" for name in ("norm", "elementwise", "rows")}
 FILES |= {name: f"{name}.py" for name in ("reference", "reference_tower", "geometry")}
@@ -71,6 +71,8 @@ FAULTS = [
     Fault("gathered_gemm", "a column too many", "o_m < M, o_n < N", "o_m < M, o_n <= N"),
     Fault("gathered_gemm", "a row too many", "o_m < M, o_n < N", "o_m <= M, o_n < N", MEMORY),
     Fault("gathered_gemm", "padding is scattered", "m_tile &= m_inside", "m_tile &= m_inside | True", MEMORY),
+    Fault("gathered_gemm", "float32 is summed in one go", "if i % CHUNK == CHUNK - 1", "if i < 0", PIECES),
+    Fault("gathered_gemm", "only the last piece of a sum is kept", "b_acc += b_total", "b_acc += 0.0 * b_total", PIECES),
     Fault("gathered_gemm", "the bias is left out", "b_acc += tl.load(p_bias", "b_acc += 0.0 * tl.load(p_bias"),
     Fault("gathered_gemm", "half of the pre-activation is saved", "b_acc.to(p_pre.dtype", "(b_acc * 0.5).to(p_pre.dtype"),
     Fault("gathered_gemm", "GELU's derivative is left out", "b_acc * b_slope", "b_acc"),
@@ -103,6 +105,11 @@ FAULTS = [
     Fault("split", "the residual is written over the prefix", "stride_rb + (out_prefix + i_q)", "stride_rb + i_q"),
     Fault("split", "tokens in 32 bits", "i_token[:, None].to(tl.int64) * stride_xt", "i_token[:, None] * stride_xt", FAR),
     Fault("split", "a channel too many", "(o_c < channels)[None, :]\n    b_r", "(o_c <= channels)[None, :]\n    b_r", MEMORY),
+    Fault("collect", "every block is the first", "p_xs[i] + o_x", "p_xs[0] + o_x"),
+    Fault("collect", "the prefix is not skipped", "(prefix + o_m % rows)", "(o_m % rows)"),
+    Fault("collect", "blocks lie in the output's rows", "to(tl.int64) * SOURCES + i)", "to(tl.int64) + i * M)"),
+    Fault("collect", "a channel too many", "(o_c < channels)[None, :]\n    for i in",
+        "(o_c <= channels)[None, :]\n    for i in", MEMORY),
     Fault("gelu_backward", "GELU instead of its derivative", "* b_slope", "* b_act"),
     Fault("gelu_backward", "GELU's derivative is kept as GELU", "b_act.to(p_act", "b_slope.to(p_act"),
     Fault("gelu_backward", "row tiles overwrite each other's sums", "p_partial + i_m.to(tl.int64) * N", "p_partial"),
@@ -122,10 +129,8 @@ FAULTS = [
     Fault("activation", "half of the derivative of erf", "phi + x * density", "phi", RANGE),
     Fault("activation", "a cube's derivative without its three", "0.134145", "0.044715", RANGE),
     Fault("launch", "erf where tanh was asked for", 'ERF if approximate == "none" else TANH', "ERF"),
-    Fault("common", "every block's weights have the first one's gradient", "outer(dpre, x[:", "outer(dpre, xs[0][:"),
     Fault("composite", "the second bias is left out", "            bias2,\n", "            None,\n"),
     Fault("composite", "the prefix has no gradient", "dx[:, :prefix] = grad[:, :prefix]", "dx[:, :prefix] = 0"),
-    Fault("composite", "blocks are summed in half", "wide = accumulator_torch(xs[0].dtype)", "wide = weight.dtype", SUMS),
     Fault("fused", "the prefix is read as patches", "prefix=prefix,\n        gather=", "prefix=0,\n        gather="),
     Fault("fused", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0"),
     Fault("fused", "block order is scattered in raster order", "scatter=GATHER[layout]", "scatter=RASTER"),

@@ -72,12 +72,12 @@ def test_backward_of_add_norm_is_its_gradient(kind, biased, delta, with_total):
     found = iter(torch.autograd.grad(loss, [t for t in inputs if t is not None]))
     expected = [next(found) if need else None for need in needs]
     saved = (x if d is None else total, d, mean, rstd, weight, scale)
-    actual = reference.add_norm_backward(dtotal, dnormed, *saved, needs)
+    actual = reference.add_norm_backward(dnormed, dtotal, *saved, needs)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
     for i in range(5):
         only = [i == j and needs[i] for j in range(5)]
-        alone = reference.add_norm_backward(dtotal, dnormed, *saved, only)
+        alone = reference.add_norm_backward(dnormed, dtotal, *saved, only)
         assert [gradient is not None for gradient in alone] == only
         torch.testing.assert_close(alone[i], expected[i], **EXACT)
 

@@ -50,8 +50,8 @@ def add_norm_forward(
 
 
 def add_norm_backward(
-    dtotal: torch.Tensor | None,
     dnormed: torch.Tensor,
+    dtotal: torch.Tensor | None,
     total: torch.Tensor,
     delta: torch.Tensor | None,
     mean: torch.Tensor | None,

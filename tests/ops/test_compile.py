@@ -1,10 +1,14 @@
 """The operators traced, compiled and exported, and what is refused there as it is in eager mode."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+
+from laco_kernels.ops import checks
 
 from .cases import HIDDEN, Fusion, Merge, assert_same_gradients, every_op, make, overload
 
@@ -128,3 +132,17 @@ def test_messages_survive_compilation(case, spoil, error, messages, fullgraph):
     with pytest.raises(Exception, match=message(case, messages)) as caught:  # with fullgraph it is dynamo's
         compiled(*tensors)
     assert fullgraph or type(caught.value) is error
+
+
+@every_op
+def test_compiles_where_there_is_no_autocast(case):
+    tensors = [t.to("meta") for t in make(case, grad=False)]
+    compiled = torch.compile(case.call, backend="eager", fullgraph=True)
+    assert compiled(*tensors).shape == case.call(*tensors).shape
+
+
+def test_a_device_that_autocast_does_not_know_computes_in_its_own_dtype():
+    with pytest.raises(RuntimeError):
+        torch.is_autocast_enabled("vulkan")
+    tensor = SimpleNamespace(is_meta=False, device=torch.device("vulkan"), dtype=torch.float16)
+    assert checks.autocast_dtype(tensor) == torch.float16

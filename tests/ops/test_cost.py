@@ -92,6 +92,7 @@ def test_several_blocks_are_read_where_they_lie():
     call = lambda: lk.multi_block_linear_gelu(xs, weight, None, prefix_tokens=1)  # noqa: E731
     tokens, out = 3 * 2 * 4 * 8, 2 * 4 * 16
     assert counted("triton", call) == (tokens + 16 * 24, out)
+    assert counted("composite", call) == (tokens + tokens + 16 * 24 + out, tokens + out + out)
     # the concatenation is written and read again, and so is the pre-activation
     assert counted("reference", call) == (tokens + tokens + 16 * 24 + out, tokens + out + out)
 

@@ -47,6 +47,7 @@ class Resources:
     spilled: int  # bytes a thread, on the stack or in local memory
     shared: int  # bytes a block
     matrix_instruction: str
+    contracted: bool  # some float32 product is added to unrounded
     first: str  # the operator and the implementation that launched it first
 
 
@@ -103,7 +104,9 @@ def measure(arch: int, precision: str) -> list[Resources]:
         instruction = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "none")
         tile = "x".join(str(arguments[name]) for name in TILE if name in arguments)
         row = (kernel.fn.__name__, _mode(arguments), tile, precision, arch)
-        found[compiled.hash] = Resources(*row, registers, spilled, compiled.metadata.shared, instruction, label)
+        found[compiled.hash] = Resources(
+            *row, registers, spilled, compiled.metadata.shared, instruction, "fma.rn.f32" in ptx, label
+        )
 
     passes.COMPILERS.append(compile_)
     try:
@@ -143,7 +146,7 @@ def _tower(dtype: torch.dtype) -> None:
 
 def _mode(arguments: dict[str, Any]) -> str:
     """Name the constants that a launch sets, leaving out tile, precision and what is off."""
-    left_out = (*TILE, "GROUP_M", "ACC", "CHEAP", "PRECISION")
+    left_out = (*TILE, "GROUP_M", "ACC", "CHEAP", "PRECISION", "CHUNK")
     named = {name: value for name, value in arguments.items() if name.isupper() and len(name) > 1 and name not in left_out}
     return " ".join(name if value is True else f"{name}={value}" for name, value in named.items() if value)
 

@@ -33,13 +33,12 @@ def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.flatten(0, 1).t() @ right.flatten(0, 1)
 
 
-def block_outer(dpre: torch.Tensor, xs: Sequence[torch.Tensor], prefix: int) -> torch.Tensor:
-    """``dpre^T [x_1; ...; x_M]``, block by block into one tensor, without the concatenation."""
-    channels = xs[0].shape[2]
-    dweight = dpre.new_empty(dpre.shape[2], len(xs) * channels)
-    for i, x in enumerate(xs):
-        dweight[:, i * channels : (i + 1) * channels] = outer(dpre, x[:, prefix:])
-    return dweight
+def collected(xs: Sequence[torch.Tensor], prefix: int) -> torch.Tensor:
+    """``[x_1; ...; x_M]`` without the prefix, ``[B, N, M * C]``: a copy by one pass."""
+    batch, tokens, channels = xs[0].shape
+    out = xs[0].new_empty(batch, tokens - prefix, len(xs) * channels)
+    pointwise.collect(xs, prefix, out)
+    return out
 
 
 def column_sum(g: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 
 from laco_kernels.kernels import pointwise
-from laco_kernels.kernels.common import GATHER, RESIDUAL, block_outer, column_sum, gathered, outer
+from laco_kernels.kernels.common import GATHER, RESIDUAL, collected, column_sum, gathered, outer
 from laco_kernels.kernels.gathered_gemm import RASTER, gathered_gemm, tile_for
 from laco_kernels.kernels.launch import accumulator_torch
 
@@ -235,5 +235,5 @@ def multi_block_linear_gelu_backward(
             block = weight[:, i * channels : (i + 1) * channels]
             gathered_gemm([dpre], block.t(), dx, rows=pre.shape[1], out_prefix=prefix_tokens)
         dxs.append(dx)
-    dweight = block_outer(dpre, xs, prefix_tokens) if needs[-2] else None
+    dweight = outer(dpre, collected(xs, prefix_tokens)) if needs[-2] else None
     return [*dxs, dweight, dbias]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 ROWS, RASTER, BLOCK = 0, 1, 2  # how a row's tokens are found
 NO_RESIDUAL, MEAN, CHANNEL_GROUP = 0, 1, 2
 
+# Products that float32 adds one by one. Over all of K = 4096 that would err four times as much (cuBLAS sums in pieces too).
+PIECE = 256
+
 
 @triton.jit
 def token_of(i_q, i_tap, height, width, out_width, prefix, GATHER: tl.constexpr, RATIO: tl.constexpr):
@@ -97,6 +100,7 @@ def gathered_gemm_kernel(
     CHEAP: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,  # tiles of K that are summed apart from the rest; 0 sums them all in one go
     EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -121,6 +125,8 @@ def gathered_gemm_kernel(
     i_q = o_m % rows
 
     b_acc = tl.zeros([BM, BN], dtype=ACC)
+    if CHUNK:
+        b_total = tl.zeros([BM, BN], dtype=ACC)
     tiles_k = tl.cdiv(channels, BK)
     for i_source in tl.static_range(SOURCES):
         for i in range(TAPS * tiles_k):
@@ -137,6 +143,12 @@ def gathered_gemm_kernel(
             p_w_tile = p_w + o_n[None, :].to(tl.int64) * stride_wn + o_w[:, None].to(tl.int64) * stride_wk
             b_w = tl.load(p_w_tile, mask=m_w, other=0.0)
             b_acc = tl.dot(b_a, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
+            if CHUNK:  # noqa: SIM102  # known when it is compiled, unlike the next
+                if i % CHUNK == CHUNK - 1:
+                    b_total += b_acc
+                    b_acc = tl.zeros([BM, BN], dtype=ACC)
+    if CHUNK:
+        b_acc += b_total
 
     m_tile = m_m[:, None] & m_n[None, :]
     # Offsets within the tile fit 32 bits, which halves the registers they take; the tile's own place does not.
@@ -218,8 +230,11 @@ TILES = {
     "float-large": Tile(64, 32, 16, 4, 4),
     "float-small": Tile(32, 64, 32, 4, 2),
     "float-heavy": Tile(32, 32, 32, 4, 2),
+    # A second sum of them takes registers too.
+    "pieces-small": Tile(32, 64, 16, 4, 3),
+    "pieces-heavy": Tile(32, 32, 16, 4, 3),
 }
-HEAVY = ("half-heavy", "half-small", "float-heavy")  # tiles whose registers hold a heavy epilogue too
+HEAVY = ("half-heavy", "half-small", "float-heavy", "pieces-heavy")  # tiles whose registers hold a heavy epilogue too
 
 
 def tile_for(m: int, n: int, dtype: torch.dtype, *, heavy: bool = False) -> Tile:
@@ -230,9 +245,10 @@ def tile_for(m: int, n: int, dtype: torch.dtype, *, heavy: bool = False) -> Tile
     if INTERPRETED:
         return Tile(64, 32, 64, 4, 1)  # few programs, for each of their operations is slow there
     if dtype in (torch.float32, torch.float64):
+        kind = "pieces" if precision(dtype) == "ieee" else "float"
         if heavy:
-            return TILES["float-heavy"]
-        return TILES["float-large" if m * n >= 64 * 32 * 264 else "float-small"]
+            return TILES[f"{kind}-heavy"]
+        return TILES["float-large" if m * n >= 64 * 32 * 264 else f"{kind}-small"]
     if heavy:
         return TILES["half-heavy" if m * n >= 128 * 64 * 132 else "half-small"]
     if m * n >= 128 * 128 * 132:
@@ -355,6 +371,7 @@ def gathered_gemm(
         CHEAP=is_cheap(first.dtype),
         ACC=accumulator(first.dtype),
         PRECISION=precision(first.dtype),
+        CHUNK=PIECE // tile.bk if first.dtype == torch.float32 and precision(first.dtype) == "ieee" else 0,
         EVEN_K=first.shape[2] % tile.bk == 0,
         BM=tile.bm,
         BN=tile.bn,

@@ -13,6 +13,8 @@ from laco_kernels.kernels.gathered_gemm import real_tokens, token_of
 from laco_kernels.kernels.launch import accumulator, accumulator_torch, activation_code, is_cheap, launch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from laco_kernels.geometry import Windows
 
 ROW_TILE, COLUMN_TILE = 16, 128
@@ -78,6 +80,33 @@ def split_kernel(
             b_r += tl.load(p_bias + o_c, mask=o_c < channels, other=0.0).to(ACC)[None, :]
         o_r = i_b[:, None] * stride_rb + (out_prefix + i_q)[:, None].to(tl.int64) * channels + o_c[None, :]
         tl.store(p_r + o_r, b_r.to(p_r.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["rows", "prefix", "M"])
+def collect_kernel(
+    p_xs,  # tuple of blocks [B, T, C] and of their strides
+    p_out,  # [M, blocks * C]
+    channels,
+    rows,
+    prefix,
+    M,
+    stride_xb,
+    stride_xt,
+    stride_xc,
+    SOURCES: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The blocks side by side."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    i_b, i_t = (o_m // rows).to(tl.int64), (prefix + o_m % rows).to(tl.int64)
+    m_tile = (o_m < M)[:, None] & (o_c < channels)[None, :]
+    for i in tl.static_range(SOURCES):
+        o_x = (i_b * stride_xb[i] + i_t * stride_xt[i])[:, None] + o_c[None, :].to(tl.int64) * stride_xc[i]
+        b_x = tl.load(p_xs[i] + o_x, mask=m_tile, other=0.0)  # [BM, BC]
+        o_out = (o_m[:, None].to(tl.int64) * SOURCES + i) * channels + o_c[None, :]
+        tl.store(p_out + o_out, b_x, mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["M", "rows"])
@@ -214,6 +243,32 @@ def split(
         BC=COLUMN_TILE,
         num_warps=4,
         maxnreg=168,  # left alone ptxas holds some of these to fewer registers, and spills
+    )
+
+
+def collect(xs: Sequence[torch.Tensor], prefix: int, out: torch.Tensor) -> None:
+    """Write the blocks ``[B, P + N, C]``, in any strides, side by side into ``out [B, N, M * C]`` without their prefix."""
+    m, channels = out.shape[0] * out.shape[1], xs[0].shape[2]
+    if m == 0:
+        return
+    launch(
+        collect_kernel,
+        _tiles(m, channels),
+        out.device,
+        lambda: ([x[:, prefix:] for x in xs], [out]),
+        p_xs=tuple(xs),
+        p_out=out,
+        channels=channels,
+        rows=out.shape[1],
+        prefix=prefix,
+        M=m,
+        stride_xb=tuple(x.stride(0) for x in xs),
+        stride_xt=tuple(x.stride(1) for x in xs),
+        stride_xc=tuple(x.stride(2) for x in xs),
+        SOURCES=len(xs),
+        BM=ROW_TILE,
+        BC=COLUMN_TILE,
+        num_warps=4,
     )
 
 

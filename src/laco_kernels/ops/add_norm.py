@@ -158,7 +158,7 @@ def _differentiate(ctx: Any, dtotal: torch.Tensor | None, dnormed: torch.Tensor 
     plain = delta_needs and scale is None  # its gradient is that of x
     needs = [x_needs or plain, delta_needs and not plain, weight_needs, bias_needs, scale_needs]
     gradients = torch.ops.laco.add_norm_backward(
-        dtotal if ctx.has_delta else None, dnormed, total, delta, mean, rstd, weight, scale, *ctx.settings, needs
+        dnormed, dtotal if ctx.has_delta else None, total, delta, mean, rstd, weight, scale, *ctx.settings, needs
     )
     dx, ddelta, *others = library.asked_for(gradients, needs)
     return dx if x_needs else None, dx if plain else ddelta, *others, *[None] * (len(ctx.settings) + 1)
@@ -171,7 +171,7 @@ library.define(
     _forward_fake,
 )
 library.define(
-    "add_norm_backward(Tensor? dtotal, Tensor dnormed, Tensor total, Tensor? delta, Tensor? mean, Tensor rstd, "
+    "add_norm_backward(Tensor dnormed, Tensor? dtotal, Tensor total, Tensor? delta, Tensor? mean, Tensor rstd, "
     f"Tensor weight, Tensor? scale, {SETTINGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -6,7 +6,8 @@ code that calls ``torch.ops.laco`` on a ``DTensor`` itself imports this module f
 
 DTensor caches what it infers from an operator's fake, and of the arguments that are no tensors it looks at those from the
 first ``int`` on, which a ``ScalarType`` is too. So in every schema where these decide shapes or dtypes of the outputs, an
-``int`` comes first after the tensors, and ``needs`` and ``save`` last.
+``int`` comes first after the tensors, and ``needs`` and ``save`` last. And the first argument is never left out: it is the only
+one where DTensor of torch 2.11 looks for the device mesh.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _norm(x: Any, delta: Any, weight: Any, bias: Any, scale: Any, *_: Any) -> An
 
 
 def _norm_backward(
-    dtotal: Any, dnormed: Any, total: Any, delta: Any, mean: Any, rstd: Any, weight: Any, scale: Any, *_: Any
+    dnormed: Any, dtotal: Any, total: Any, delta: Any, mean: Any, rstd: Any, weight: Any, scale: Any, *_: Any
 ) -> Any:
     activations = 3 + sum(tensor is not None for tensor in (dtotal, delta, mean))
     return _with_batch(total, rules(2, 3, activations, 1 + (scale is not None)))
