@@ -1,20 +1,25 @@
 """The harness of ``laco bench ops`` itself: known times, a wrong variant, the same variant twice."""
 
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from laco_kernels import testing
 from laco_kernels.bench import op_cases, op_variants, operators
+from laco_kernels.bench.memory import LiveTensors
 from laco_kernels.bench.operators import measure_case
 from laco_kernels.bench.timing import spread
 from laco_kernels.geometry import Windows
+from laco_kernels.hf.mixins import inner_layout
 
 CPU = torch.device("cpu")
 CASES = {(case.op, case.direction): case for case in op_cases.tiny(op_cases.op_cases("float32")) if case.grid == (6, 6)}
-MERGE = CASES["patch_merge", "forward"]
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=str)
+INSIDE = {(case.grid, case.direction): case for case in op_cases.tiny(op_cases.encoder_cases("float32"))}
+MERGE, BLOCK = CASES["patch_merge", "forward"], INSIDE[(6, 6), "forward"]
+every_case = pytest.mark.parametrize("case", [*CASES.values(), *INSIDE.values()], ids=str)
 
 
 def eager(case, delay=0.0, factor=1.0):
@@ -104,7 +109,9 @@ def test_a_case_whose_reference_does_not_fit_is_skipped_with_the_reason(monkeypa
 
 @every_case
 def test_every_eager_way_of_computing_is_right(case):
-    rivals = {name: op_variants.function(case, name) for name in ("eager", "eager-conv")}
+    names = operators.names(case, CPU, ["eager", "eager-conv"])
+    assert len(names) == (1 if case.layout == "block" else 2)
+    rivals = {name: op_variants.function(case, name) for name in names}
     found = measure_case(case, CPU, {**rivals, "products": None}, rounds=1, ceilings={"tflops": 1.0, "gbs": 1.0})
     for name in rivals:
         assert found[name]["ok"], name
@@ -142,14 +149,40 @@ def test_a_compiled_rival_takes_part_and_max_autotune_only_where_asked_for():
 
 
 def test_the_interpreter_is_not_timed():
-    assert "interpreter" in op_variants.unavailable("triton", CPU, torch.float32)
-    assert op_variants.unavailable("eager", CPU, torch.float32) is None
+    assert "interpreter" in op_variants.unavailable("triton", MERGE, CPU)
+    assert op_variants.unavailable("eager", MERGE, CPU) is None
+
+
+def test_a_convolution_has_no_part_in_block_order():
+    assert "are no image" in op_variants.unavailable("eager-conv", BLOCK, CPU)
+    assert op_variants.unavailable("eager-conv", MERGE, CPU) is None
+    assert op_variants.unavailable("eager", BLOCK, CPU) is None
+
+
+def test_eager_in_block_order_copies_no_tokens():
+    case = replace(BLOCK, prefix=0)
+    tensors = operators._inputs(case, CPU, torch.float32)
+    with LiveTensors() as live:
+        op_variants.function(case, "eager")(tensors)
+    # Two products, GELU and the mean and its sum; a copy of the tokens would be as large as four of the outputs.
+    out, hidden = (4 * case.rows * width for width in (case.channels, case.hidden))
+    assert live.peak <= 3 * out + 2 * hidden
+    raster = op_variants.function(replace(case, layout="raster"), "eager")
+    with torch.no_grad():
+        moved = {**tensors, "x": case.windows.to_raster_order(tensors["x"])}
+        assert torch.equal(raster(moved), op_variants.function(case, "eager")(tensors))
 
 
 def test_the_cases_are_those_of_the_papers_and_the_telling_ones_come_first():
     cases = op_cases.op_cases("bfloat16")
     assert len(cases) == len(set(cases)) == 3 * (6 * 4 * 2 + 2 * 4)
     assert [case.goal is not None for case in cases].index(False) == len(op_cases.GOALS)
+    inside = op_cases.encoder_cases("bfloat16")
+    assert len(inside) == len(set(inside)) == 3 * (4 * 2 + 2)
+    for case in inside:
+        config = SimpleNamespace(compression={"layout": "block"})
+        assert case.facts["layout"] == inner_layout(config, case.windows), "as in an encoder of hf.compress"
+    assert {case.facts.get("layout") for case in cases if case.op != "patch_merge"} == {None}
     assert {case.batch for case in cases} == {1, 4, 16, 64}
     by_name = {case.encoder: case for case in cases if case.op == "patch_merge"}
     assert by_name["siglip-so400m-384"].rows == by_name["siglip-so400m-384"].batch * 14 * 14

@@ -26,13 +26,15 @@ VARIANTS = (EAGER, CONVOLUTION, COMPILE, AUTOTUNE, *OURS, PRODUCTS)
 MODES = {COMPILE: "default", AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 
-def unavailable(variant: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why ``variant`` cannot be timed on ``device``, or ``None`` where it can."""
+def unavailable(variant: str, case: OpCase, device: torch.device) -> str | None:
+    """Return why ``variant`` cannot be timed in ``case`` on ``device``, or ``None`` where it can."""
+    if variant == CONVOLUTION and case.layout == "block":
+        return "tokens that lie window by window are no image; a convolution would have to put them in raster order first"
     if variant not in OURS:
         return None
     if select.interpreted():
         return "Triton's interpreter is there to check kernels, its time says nothing"
-    return select.unavailable(variant, device, dtype)
+    return select.unavailable(variant, device, getattr(torch, case.dtype))
 
 
 def function(case: OpCase, variant: str) -> Function:
@@ -50,7 +52,9 @@ def _eager(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
     """The operator as its paper describes it, in plain PyTorch."""
     if case.op == MERGE:
         x, weight1, bias1, weight2, bias2 = tensors
-        return reference.patch_merge_forward(x, weight1, bias1, weight2, bias2, windows=case.windows)[0]
+        # In block order without a prefix its space-to-depth is x.view(batch, windows, 4 * channels): nothing is copied.
+        merge = functools.partial(reference.patch_merge_forward, windows=case.windows, layout=case.layout)
+        return merge(x, weight1, bias1, weight2, bias2)[0]
     *xs, weight, bias = tensors
     if case.op == CONV:
         return reference.strided_conv_gelu_forward(xs[0], weight, bias, windows=case.windows)[0]

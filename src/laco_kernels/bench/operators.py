@@ -108,8 +108,7 @@ def names(case: OpCase, device: torch.device, wanted: Sequence[str] | None = Non
     chosen = [name for name in op_variants.VARIANTS if wanted is None or name in wanted]
     if not autotune and wanted is None:
         chosen.remove(AUTOTUNE)
-    dtype = getattr(torch, case.dtype)
-    return [name for name in chosen if op_variants.unavailable(name, device, dtype) is None]
+    return [name for name in chosen if op_variants.unavailable(name, case, device) is None]
 
 
 def contenders(

@@ -24,6 +24,7 @@ from laco_kernels.cli.common import (
     usage_errors,
 )
 from laco_kernels.errors import complaint
+from laco_kernels.ops.patch_merge import LAYOUTS
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,8 @@ def ops(
 
         others = _others(allow_busy, device)
         place, precision = parse_device(device), _precision(dtype, device)
-        cases = op_cases.op_cases(precision) + op_cases.sweep_cases(precision)
+        every = (op_cases.op_cases, op_cases.encoder_cases, op_cases.sweep_cases)
+        cases = list(dict.fromkeys(case for part in every for case in part(precision)))
         cases = op_cases.tiny(cases) if tiny else cases
         chosen = [case for case in cases if matches(str(case), only or "")]
         if not chosen:
@@ -173,9 +175,11 @@ def compare(
 
 
 def matches(name: str, words: str) -> bool:
-    """Return whether a case's name has all the words: ``batch=1`` as it is, others as a part of one of its words."""
+    """Return whether a case's name has all the words: ``batch=1`` and ``block`` as they are, others as a part of a word."""
     parts = name.split()
-    return all(any(word == part if "=" in word else word in part for part in parts) for word in words.split())
+    return all(
+        any(word == part if "=" in word or word in LAYOUTS else word in part for part in parts) for word in words.split()
+    )
 
 
 def parse_budget(text: str | None) -> float | None:
