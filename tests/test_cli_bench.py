@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from laco_kernels.bench import environment
+from laco_kernels.bench import environment, warm
+from laco_kernels.bench.campaign import Report
 from laco_kernels.bench.results import FILE, Results
 from laco_kernels.cli import app, measure
 from laco_kernels.cli.publish import END, START
@@ -71,6 +72,7 @@ def test_bench_all_resumes(tmp_path):
     )
     first = laco(*arguments)
     assert first.exit_code == 0, first.output
+    assert "compil" not in first.stderr, "not ahead on a processor"
     assert "7 measured, 0 measured before, 0 left" in first.stdout
     (folder,) = tmp_path.iterdir()
     rows = Results.open(folder).rows
@@ -80,6 +82,19 @@ def test_bench_all_resumes(tmp_path):
     assert Results.open(folder).rows == rows
     third = laco(*arguments[:-1], "v2", "--budget", "0s")
     assert "0 measured, 0 measured before, 7 left for lack of time" in third.stdout
+
+
+def test_bench_all_compiles_ahead_and_that_is_part_of_the_budget(monkeypatch):
+    asked = []
+    monkeypatch.setattr(warm, "warm", lambda *arguments: asked.append(arguments) or (5, 1))
+    monkeypatch.setattr(measure.time, "monotonic", iter([0.0, 150.0]).__next__)
+    monkeypatch.setattr(measure, "_run", lambda *arguments: asked.append(arguments) or Report())
+    done = laco("bench", "all", "--tiny", "--device", "cpu", "--warm", 3, "--budget", "3m")
+    assert done.exit_code == 0, done.output
+    assert "compiling 6 units in 3 processes, 36 s at most" in done.stderr
+    assert "compiled 5 of 6 units, 1 broke in 150 s" in done.stderr
+    (jobs, count, _, seconds, _), (*_, budget) = asked
+    assert (len(jobs), count, seconds, budget) == (6, 3, 36.0, 30.0)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_device_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(campaign, "_answers", lambda _: False)
+    monkeypatch.setattr(campaign, "answers", lambda _: False)
     clock = Clock()
     results, name = opened(tmp_path)
     report = run(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 from laco_kernels import reference
@@ -43,9 +46,19 @@ def function(case: OpCase, variant: str) -> Function:
         return lambda tensors: case.case(tensors, variant)
     plain = functools.partial(_convolution if variant == CONVOLUTION else _eager, case)
     if variant in MODES:
+        _quiet_autotuning()
         compiled = torch.compile(lambda *tensors: plain(*tensors), fullgraph=True, dynamic=False, mode=MODES[variant])
         return lambda tensors: compiled(*tensors.values())
     return lambda tensors: plain(*tensors.values())
+
+
+def _quiet_autotuning() -> None:
+    """Keep max-autotune from writing all that it tries, and what of it does not fit a GPU, between our lines."""
+    for name, value in (("autotune_num_choices_displayed", 0), ("max_autotune_report_choices_stats", False)):
+        if hasattr(torch._inductor.config, name):
+            setattr(torch._inductor.config, name, value)
+    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 def _eager(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,20 @@ def prepare(case: OpCase, device: torch.device, call: Function | None) -> tuple[
     return _maker(case, call, tensors, grad, device, getattr(torch, case.dtype))(), verdict
 
 
+def compile_once(case: OpCase, device: torch.device, wanted: Sequence[str]) -> None:
+    """Run once, on zeros, what compiles among the variants ``wanted``, just as measuring does: its caches then know it."""
+    dtype = getattr(torch, case.dtype)
+    shapes = _inputs(case, torch.device("meta"), dtype)
+    grad = torch.zeros(op_variants.function(case, EAGER)(shapes).shape, dtype=dtype, device=device)
+    zeros = {name: torch.zeros_like(t, device=device).requires_grad_(t.requires_grad) for name, t in shapes.items()}
+    compiling = [name for name in wanted if name in (COMPILE, *op_variants.OURS)]
+    for call in contenders(case, device, compiling).values():
+        if call is not None:
+            _results(case, call, zeros, grad)
+            _maker(case, call, zeros, grad, device, dtype)()()
+    _free(device)
+
+
 def names(case: OpCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False) -> list[str]:
     """Return the variants that can run, or those of them in ``wanted``; without it max-autotune only where asked for."""
     chosen = [name for name in op_variants.VARIANTS if wanted is None or name in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ def op_unit(
     suite = "tiny" if case.encoder.startswith("tiny-") else "sweep" if case.sweep else "ops"
     kind = "max-autotune" if AUTOTUNE in able else "ops"
     name = f"{case} with max-autotune" if AUTOTUNE in able else str(case)
-    return Unit(name, suite, (case.facts,), measure, tuple(able), kind)
+    # Autotuning times what it compiles, so it must run alone.
+    ahead = None if AUTOTUNE in able else functools.partial(operators.compile_once, case, device, able)
+    return Unit(name, suite, (case.facts,), measure, tuple(able), kind, ahead)
 
 
 def plan(
