@@ -79,6 +79,8 @@ def _work(jobs: Sequence[Job], device: torch.device, taken: Any, done: Any, brok
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     torch.set_num_threads(1)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     torch._inductor.config.compile_threads = 1  # no pool of processes in every process
     while True:
         with taken.get_lock():
