@@ -214,7 +214,7 @@ def test_the_suite_for_pytest_benchmark_runs_and_keeps_the_case(tmp_path):
     assert {row["extra_info"]["ok"] for row in rows} == {True, None}
 
 
-def test_report_writes_a_page_and_the_section_of_a_readme(gpu_results, tmp_path):
+def test_report_writes_a_page_and_the_section_of_a_readme(gpu_results, tmp_path, monkeypatch):
     done = laco("report", gpu_results.parent, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "NVIDIA H200" in (tmp_path / "out" / "report.html").read_text()
@@ -226,6 +226,11 @@ def test_report_writes_a_page_and_the_section_of_a_readme(gpu_results, tmp_path)
     assert text.startswith(f"before\n{START}\n")
     assert text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("--readme",), ("--readme", "--out", "elsewhere")):
+        readme.write_text(f"{START}\nold\n{END}\n")
+        assert laco("report", gpu_results.parent, *arguments).exit_code == 0
+        assert "NVIDIA H200" in readme.read_text()
     readme.write_text("no section")
     done = laco("report", gpu_results.parent, "--readme", readme)
     assert done.exit_code == 2

@@ -98,6 +98,24 @@ def test_a_variant_that_breaks_or_needs_too_much_memory_leaves_the_others_their_
     assert measure_case(MERGE, CPU, {"triton": broken}, rounds=1)["triton"]["timings"] == {}
 
 
+def test_a_goal_is_one_of_the_gpu_that_it_was_set_for(monkeypatch):
+    (case, *_) = op_cases.op_cases("bfloat16")
+    assert case.goal is not None
+    assert operators._goal(case, CPU) is None
+    names = iter(["NVIDIA H200", "NVIDIA A100"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: next(names))
+    assert [operators._goal(case, torch.device("cuda")) for _ in range(2)] == [case.goal, None]
+
+
+@pytest.mark.parametrize(("flops", "share"), [(50_000_000, 0.5), (10_000_000, 0.8)], ids=["by compute", "by memory"])
+def test_what_memory_bounds_is_held_against_its_cold_time(flops, share):
+    samples = {"triton": {"graph": [100.0], "cold": [50.0]}}
+    timings = {kind: {"median": sample[0]} for kind, sample in samples["triton"].items()}
+    found = {"triton": {"ratio_kind": "graph", "timings": timings, "flops": flops, "least_bytes": 40_000}}
+    operators._compare(found, samples, {"tflops": 1.0, "gbs": 1.0})  # 40 us by memory, 50 or 10 us by compute
+    assert found["triton"]["roofline"] == pytest.approx(share)
+
+
 def test_a_case_whose_reference_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError

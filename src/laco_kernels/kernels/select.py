@@ -139,23 +139,27 @@ def _buckets(
     if not table:
         return always("no kernel has been measured on a GPU yet")
     name = torch.cuda.get_device_name(device)
-    source, entries = name, table.get(name)
-    if entries is None:
+    source = name
+    if name not in table:
         if not passed(name, op, str(dtype)):
             return always(f"`laco check` has not passed for {op} in {dtype} on this {name}")
         here = float(".".join(map(str, torch.cuda.get_device_capability(device))))
         source = min(table, key=lambda other: abs(float(table[other]["capability"]) - here))
-        entries = table[source]
-    wanted = (op, direction, layout, str(dtype).removeprefix("torch."))
-    mine = [row for row in entries["rows"] if (row["op"], row["direction"], row.get("layout"), row["dtype"]) == wanted]
     buckets = []
-    for row in sorted(mine, key=lambda row: row["up_to"]):
+    for row in rows_of(table[source], op, direction, layout, str(dtype).removeprefix("torch.")):
         reason = unavailable(row["impl"], device, dtype)
         fastest = Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
         buckets.append((row["up_to"], fastest if reason is None else Choice("reference", reason)))
     what = " ".join(filter(None, [op, direction, layout and f"in {layout} order"]))
     beyond = f" above {buckets[-1][0]} output tokens" if buckets else ""
     return tuple(buckets), Choice("reference", f"not measured on {source} for {what} in {dtype}{beyond}")
+
+
+def rows_of(entry: dict[str, Any], op: str, direction: str, layout: str | None, dtype: str) -> list[dict[str, Any]]:
+    """Return the rows that one device's entry in the table has for such calls, by growing number of tokens."""
+    wanted = (op, direction, layout, dtype)
+    mine = [row for row in entry["rows"] if (row["op"], row["direction"], row.get("layout"), row["dtype"]) == wanted]
+    return sorted(mine, key=lambda row: int(row["up_to"]))
 
 
 @functools.cache

@@ -44,8 +44,8 @@ def duration(microseconds: float) -> str:
 
 
 def limits(interval: Interval, unit: float = 1.0) -> str:
-    """``12.1-12.5``, in ``unit``."""
-    return f"{digits(interval.low / unit)}-{digits(interval.high / unit)}"
+    """``12.1-12.5``: the 20th and 80th percentile in ``unit``."""
+    return f"{digits(interval.p20 / unit)}-{digits(interval.p80 / unit)}"
 
 
 def times(value: float) -> str:
@@ -100,8 +100,13 @@ def size(case: dict[str, Any]) -> str:
     """How large a case is: ``24 x 24, hidden 4096, batch 16``."""
     grid = case.get("grid")
     parts = [" x ".join(map(str, grid))] if isinstance(grid, (list, tuple)) and grid else []
-    parts += ["block order"] if case.get("layout") == "block" else []  # else raster, the order that images have
+    parts += [order_of_tokens(case)] if order_of_tokens(case) else []
     return ", ".join(parts + [f"{name} {case[name]}" for name in ("hidden", "batch") if name in case])
+
+
+def order_of_tokens(case: dict[str, Any]) -> str:
+    """``block order``; nothing in raster order, which is that of images."""
+    return "block order" if case.get("layout") == "block" else ""
 
 
 def way(case: dict[str, Any]) -> str:
