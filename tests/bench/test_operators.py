@@ -211,15 +211,26 @@ def test_the_cases_are_those_of_the_papers_and_the_telling_ones_come_first():
 
 
 def test_the_interval_of_a_median_is_that_of_its_ranks():
-    # n = 25: ranks 8 to 18 of the binomial at 95 %, one further out by the rounding.
-    found = spread([float(i) for i in range(1, 26)])
-    assert (found.low, found.median, found.high) == (8.0, 13.0, 19.0)
+    # n = 15: ranks 4 to 12 of the binomial at 95 %, one further out by the rounding; n = 24: ranks 2 to 8 of 8 blocks of 3.
+    found = spread([float(i) for i in range(1, 16)])
+    assert (found.low, found.median, found.high) == (4.0, 8.0, 13.0)
+    found = spread([float(i) for i in range(1, 25)])
+    assert (found.low, found.median, found.high) == (5.0, 12.5, 23.0)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("rounds", [18, 36, 200])
+def test_an_interval_covers_the_median_although_rounds_resemble_each_other(rounds, kept):
     generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(400):
-        sample = torch.randn(15, generator=generator).tolist()
-        hits += spread(sample).low <= 0 <= spread(sample).high
-    assert hits >= 0.95 * 400
+    noise = torch.randn(1000, rounds + 20, generator=generator, dtype=torch.float64)
+    state, rows = torch.zeros(1000, dtype=torch.float64), []
+    for step in noise.unbind(1):  # autoregressive: of each round a part is kept in the next
+        state = kept * state + step
+        rows.append(state)
+    samples = torch.stack(rows[20:], dim=1).tolist()
+    found = [spread(sample) for sample in samples]
+    assert 0.93 <= sum(f.low <= 0 <= f.high for f in found) / 1000 <= 0.99
+    assert all(f.low <= f.median <= f.high for f in found)
 
 
 def test_what_one_tensor_may_err_is_what_the_promise_says():
