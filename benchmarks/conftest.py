@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from laco_kernels.bench import op_cases, op_variants, operators
+from laco_kernels.bench import op_cases, operators
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
@@ -21,14 +21,13 @@ def _cases(config):
     if config.getoption("--tiny"):
         return op_cases.tiny(cases)[:3]
     if config.getoption("--every"):
-        return cases
+        return list(dict.fromkeys(cases + op_cases.encoder_cases(DTYPE)))
     telling = cases[: len(op_cases.GOALS)]
     return telling if DEVICE.type == "cuda" else [case for case in telling if case.batch == 1]
 
 
 def pytest_generate_tests(metafunc):
-    able = [name for name in op_variants.VARIANTS if op_variants.unavailable(name, DEVICE, getattr(torch, DTYPE)) is None]
-    pairs = [(case, name) for case in _cases(metafunc.config) for name in able if name != op_variants.AUTOTUNE]
+    pairs = [(case, name) for case in _cases(metafunc.config) for name in operators.names(case, DEVICE)]
     metafunc.parametrize(("case", "variant"), pairs, ids=lambda value: str(value).replace(" ", "-"))
 
 

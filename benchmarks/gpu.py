@@ -2,7 +2,8 @@
 
 The tests that only a GPU can run; then ``laco bench all`` with the time that is left, again where a kernel took the GPU away
 from it; then ``laco tune``. What failed and which rows are furthest from their goal comes last. A folder gets five files, rows
-first and as they come: it is what to take from a machine that is given back.
+first and as they come: it is what to take from a machine that is given back. Rows of the same ``--commit`` that lie in
+``benchmarks/results`` already are not measured again, so that a later call goes on where an earlier one ended.
 """
 
 import argparse
@@ -35,31 +36,39 @@ def main() -> int:
     parser.add_argument("--test-minutes", type=float, default=3.0, help="time for the tests, at most")
     parser.add_argument("--commit", default="", help="what to call this version where git cannot tell")
     parser.add_argument("--copy-to", type=Path, default=ROOT / "gpu", help="folder for rows, selection table, logs, summary")
+    parser.add_argument("--only", choices=("tests", "bench"), help="leave the measurements out, or the tests")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on a processor")
     options = parser.parse_args()
     begin, folder = time.monotonic(), options.copy_to.resolve()
     deadline = begin + 60 * options.minutes - RESERVE
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tune.log").unlink(missing_ok=True)  # the other logs begin anew by themselves
     scratch = Path(tempfile.mkdtemp())
     results = scratch / "results" if options.tiny else ROOT / "benchmarks" / "results"
     table = scratch / "winners.json" if options.tiny else ROOT / "src" / "laco_kernels" / "kernels" / "winners.json"
 
-    outcome = run_tests(scratch, min(begin + 60 * options.test_minutes, deadline), "quick" if options.tiny else "gpu")
-    gather(sorted(scratch.glob("*.log")), folder / "tests.log")
-    code = measure(options, results, folder, deadline)
-    tuned = run(["tune", str(results), "--out", str(table)], folder / "tune.log", time.monotonic() + RESERVE)
-    keep(results, folder)
-    if table.exists():
-        shutil.copy(table, folder / "winners.json")
-
-    print((folder / "bench.log").read_text()[-6000:])
-    print((folder / "tune.log").read_text()[-2000:])
-    for line in (folder / "tests.log").read_text().splitlines():
-        if line.startswith(("FAILED", "ERROR")):
-            print(line)
-    for name, state in outcome.items():
-        print(f"tests {name}: {state}")
-    print(f"bench all: exit code {code}; tune: {tuned}; {time.monotonic() - begin:.0f} s")
+    outcome: dict[str, str] = {}
+    code: int | None = 0
+    tuned: int | None = 0
+    if options.only != "bench":
+        outcome = run_tests(scratch, min(begin + 60 * options.test_minutes, deadline), "quick" if options.tiny else "gpu")
+        gather(sorted(scratch.glob("*.log")), folder / "tests.log")
+    if options.only != "tests":
+        code = measure(options, results, folder, deadline)
+        tuned = run(["tune", str(results), "--out", str(table)], folder / "tune.log", time.monotonic() + RESERVE)
+        keep(results, folder)
+        if table.exists():
+            shutil.copy(table, folder / "winners.json")
+        print((folder / "bench.log").read_text()[-6000:])
+        print((folder / "tune.log").read_text()[-2000:])
+        print(f"bench all: exit code {code}; tune: {tuned}")
+    if options.only != "bench":
+        for line in (folder / "tests.log").read_text().splitlines():
+            if line.startswith(("FAILED", "ERROR")):
+                print(line)
+        for name, state in outcome.items():
+            print(f"tests {name}: {state}")
+    print(f"{time.monotonic() - begin:.0f} s")
     return 1 if code or tuned or "failed" in outcome.values() else 0
 
 

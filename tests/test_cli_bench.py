@@ -10,7 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from laco_kernels.bench import environment
+from laco_kernels.bench import environment, warm
+from laco_kernels.bench.campaign import Report
 from laco_kernels.bench.results import FILE, Results
 from laco_kernels.cli import app, measure
 from laco_kernels.cli.publish import END, START
@@ -71,15 +72,29 @@ def test_bench_all_resumes(tmp_path):
     )
     first = laco(*arguments)
     assert first.exit_code == 0, first.output
-    assert "6 measured, 0 measured before, 0 left" in first.stdout
+    assert "compil" not in first.stderr, "not ahead on a processor"
+    assert "7 measured, 0 measured before, 0 left" in first.stdout
     (folder,) = tmp_path.iterdir()
     rows = Results.open(folder).rows
     assert {row.suite for row in rows.values()} == {"tiny"}, "kept out of tables and reports"
     second = laco(*arguments)
-    assert "0 measured, 6 measured before, 0 left" in second.stdout
+    assert "0 measured, 7 measured before, 0 left" in second.stdout
     assert Results.open(folder).rows == rows
     third = laco(*arguments[:-1], "v2", "--budget", "0s")
-    assert "0 measured, 0 measured before, 6 left for lack of time" in third.stdout
+    assert "0 measured, 0 measured before, 7 left for lack of time" in third.stdout
+
+
+def test_bench_all_compiles_ahead_and_that_is_part_of_the_budget(monkeypatch):
+    asked = []
+    monkeypatch.setattr(warm, "warm", lambda *arguments: asked.append(arguments) or (5, 1))
+    monkeypatch.setattr(measure.time, "monotonic", iter([0.0, 150.0]).__next__)
+    monkeypatch.setattr(measure, "_run", lambda *arguments: asked.append(arguments) or Report())
+    done = laco("bench", "all", "--tiny", "--device", "cpu", "--warm", 3, "--budget", "3m")
+    assert done.exit_code == 0, done.output
+    assert "compiling 6 units in 3 processes, 36 s at most" in done.stderr
+    assert "compiled 5 of 6 units, 1 broke in 150 s" in done.stderr
+    (jobs, count, _, seconds, _), (*_, budget) = asked
+    assert (len(jobs), count, seconds, budget) == (6, 3, 36.0, 30.0)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +149,9 @@ def test_a_failed_check_is_exit_code_1_and_no_time(monkeypatch):
 
 
 def test_a_compiled_backward_pass_is_timed():
-    done = laco(*OPS[:-1], "eager,compile", "--filter", "patch_merge tiny-aimv2-l-336 batch=4 hidden=16 backward", "--json")
+    done = laco(
+        *OPS[:-1], "eager,compile", "--filter", "patch_merge tiny-aimv2-l-336 raster batch=4 hidden=16 backward", "--json"
+    )
     (row,) = [row for row in json.loads(done.stdout)["rows"] if row["variant"] == "compile"]
     assert row["values"]["reason"] is None
     assert row["values"]["timings"]
@@ -197,7 +214,7 @@ def test_the_suite_for_pytest_benchmark_runs_and_keeps_the_case(tmp_path):
     assert {row["extra_info"]["ok"] for row in rows} == {True, None}
 
 
-def test_report_writes_a_page_and_the_section_of_a_readme(gpu_results, tmp_path):
+def test_report_writes_a_page_and_the_section_of_a_readme(gpu_results, tmp_path, monkeypatch):
     done = laco("report", gpu_results.parent, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "NVIDIA H200" in (tmp_path / "out" / "report.html").read_text()
@@ -209,6 +226,11 @@ def test_report_writes_a_page_and_the_section_of_a_readme(gpu_results, tmp_path)
     assert text.startswith(f"before\n{START}\n")
     assert text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("--readme",), ("--readme", "--out", "elsewhere")):
+        readme.write_text(f"{START}\nold\n{END}\n")
+        assert laco("report", gpu_results.parent, *arguments).exit_code == 0
+        assert "NVIDIA H200" in readme.read_text()
     readme.write_text("no section")
     done = laco("report", gpu_results.parent, "--readme", readme)
     assert done.exit_code == 2

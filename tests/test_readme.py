@@ -45,6 +45,4 @@ def test_the_table_is_the_recorded_one():
 
 def test_the_performance_section_is_the_one_that_laco_report_writes():
     section = README.partition(f"{START}\n")[2].partition(f"\n{END}")[0]
-    assert section == page.readme_section(device_folders(ROOT / "benchmarks" / "results")), (
-        "run `laco report --readme README.md`"
-    )
+    assert section == page.readme_section(device_folders(ROOT / "benchmarks" / "results")), "run `laco report --readme`"

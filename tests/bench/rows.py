@@ -27,6 +27,7 @@ def op_row(variant, median, *, environment, ok=True, batch=1, hidden=4096, direc
         "direction": direction,
         "dtype": "bfloat16",
         "grid": [24, 24],
+        "layout": "raster",
         **case,
     }
     ratio = dict.fromkeys(("median", "low", "high"), 100.0 / median)

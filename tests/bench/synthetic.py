@@ -60,7 +60,8 @@ def interval(median, width=0.015):
 def case(op="patch_merge", encoder="aimv2-l-336", batch=16, direction="forward", **more):
     side, channels = ENCODERS.get(encoder, (16, 1024))
     base = {"op": op, "encoder": encoder, "batch": batch, "channels": channels, "hidden": 4 * channels}
-    return {**base, "direction": direction, "dtype": "bfloat16", "grid": [side, side], **more}
+    base |= {"direction": direction, "dtype": "bfloat16", "grid": [side, side]}
+    return {**base, **({"layout": "raster"} if op == "patch_merge" else {}), **more}
 
 
 def operator_row(case, variant, environment, *, gpu, speed=None, suite="ops", goal=None, **values):
@@ -158,6 +159,12 @@ def gpu_results(folder):
                     )
                     for variant in SPEED
                 ]
+    rows += [
+        operator_row(case(direction=direction, layout="block"), variant, name, gpu=True)
+        for direction in ("forward", "both")
+        for variant in SPEED
+        if variant != "eager-conv"
+    ]
     rows.append(operator_row(case("strided_conv_gelu"), "triton", name, gpu=True, speed=0.8))  # loses against both
     goal = {"ratio": 2.5, "against": "eager"}
     rows.append(operator_row(case("multi_block_linear_gelu"), "triton", name, gpu=True, speed=1.9, goal=goal))  # short of it

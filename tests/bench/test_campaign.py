@@ -90,7 +90,7 @@ def test_a_device_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
     def broken():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(campaign, "_answers", lambda _: False)
+    monkeypatch.setattr(campaign, "answers", lambda _: False)
     clock = Clock()
     results, name = opened(tmp_path)
     report = run(
@@ -106,15 +106,17 @@ def test_a_device_that_no_longer_answers_ends_the_run(tmp_path, monkeypatch):
     assert again.skipped == ["bad"], "a new run goes on behind it"
 
 
-def test_the_plan_begins_with_the_goals_then_encoders_then_what_grows():
+def test_the_plan_begins_with_the_goals_then_encoders_then_what_runs_in_them():
     units = plan.plan(CPU, "bfloat16")
     suites = [unit.suite for unit in units]
     assert suites[:10] == ["ops"] * 10
     assert suites[10:15] == ["vec"] * 5
-    assert [unit.kind for unit in units[15:25]] == ["max-autotune"] * 10
-    assert "backward" in {unit.cases[0]["direction"] for unit in units[25:40]}, "what the selection needs comes early"
+    assert [unit.cases[0]["layout"] for unit in units[15:45]] == 3 * [*["block"] * 9, "raster"]
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[45:59]}, "what the selection needs comes early"
+    assert suites[59:72] == ["sweep"] * 13
+    assert [unit.kind for unit in units].index("max-autotune") == len(units) - 10, "what eats the budget comes last"
     names = [unit.name for unit in units]
-    assert len(set(names)) == len(names) == 168 + 10 + 5 + 13
+    assert len(set(names)) == len(names) == 168 + 27 + 10 + 5 + 13
     assert suites.count("sweep") == 13
 
 

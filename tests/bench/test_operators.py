@@ -1,20 +1,25 @@
 """The harness of ``laco bench ops`` itself: known times, a wrong variant, the same variant twice."""
 
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from laco_kernels import testing
 from laco_kernels.bench import op_cases, op_variants, operators
+from laco_kernels.bench.memory import LiveTensors
 from laco_kernels.bench.operators import measure_case
 from laco_kernels.bench.timing import spread
 from laco_kernels.geometry import Windows
+from laco_kernels.hf.mixins import inner_layout
 
 CPU = torch.device("cpu")
 CASES = {(case.op, case.direction): case for case in op_cases.tiny(op_cases.op_cases("float32")) if case.grid == (6, 6)}
-MERGE = CASES["patch_merge", "forward"]
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=str)
+INSIDE = {(case.grid, case.direction): case for case in op_cases.tiny(op_cases.encoder_cases("float32"))}
+MERGE, BLOCK = CASES["patch_merge", "forward"], INSIDE[(6, 6), "forward"]
+every_case = pytest.mark.parametrize("case", [*CASES.values(), *INSIDE.values()], ids=str)
 
 
 def eager(case, delay=0.0, factor=1.0):
@@ -93,6 +98,24 @@ def test_a_variant_that_breaks_or_needs_too_much_memory_leaves_the_others_their_
     assert measure_case(MERGE, CPU, {"triton": broken}, rounds=1)["triton"]["timings"] == {}
 
 
+def test_a_goal_is_one_of_the_gpu_that_it_was_set_for(monkeypatch):
+    (case, *_) = op_cases.op_cases("bfloat16")
+    assert case.goal is not None
+    assert operators._goal(case, CPU) is None
+    names = iter(["NVIDIA H200", "NVIDIA A100"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: next(names))
+    assert [operators._goal(case, torch.device("cuda")) for _ in range(2)] == [case.goal, None]
+
+
+@pytest.mark.parametrize(("flops", "share"), [(50_000_000, 0.5), (10_000_000, 0.8)], ids=["by compute", "by memory"])
+def test_what_memory_bounds_is_held_against_its_cold_time(flops, share):
+    samples = {"triton": {"graph": [100.0], "cold": [50.0]}}
+    timings = {kind: {"median": sample[0]} for kind, sample in samples["triton"].items()}
+    found = {"triton": {"ratio_kind": "graph", "timings": timings, "flops": flops, "least_bytes": 40_000}}
+    operators._compare(found, samples, {"tflops": 1.0, "gbs": 1.0})  # 40 us by memory, 50 or 10 us by compute
+    assert found["triton"]["roofline"] == pytest.approx(share)
+
+
 def test_a_case_whose_reference_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
@@ -104,7 +127,9 @@ def test_a_case_whose_reference_does_not_fit_is_skipped_with_the_reason(monkeypa
 
 @every_case
 def test_every_eager_way_of_computing_is_right(case):
-    rivals = {name: op_variants.function(case, name) for name in ("eager", "eager-conv")}
+    names = operators.names(case, CPU, ["eager", "eager-conv"])
+    assert len(names) == (1 if case.layout == "block" else 2)
+    rivals = {name: op_variants.function(case, name) for name in names}
     found = measure_case(case, CPU, {**rivals, "products": None}, rounds=1, ceilings={"tflops": 1.0, "gbs": 1.0})
     for name in rivals:
         assert found[name]["ok"], name
@@ -142,14 +167,40 @@ def test_a_compiled_rival_takes_part_and_max_autotune_only_where_asked_for():
 
 
 def test_the_interpreter_is_not_timed():
-    assert "interpreter" in op_variants.unavailable("triton", CPU, torch.float32)
-    assert op_variants.unavailable("eager", CPU, torch.float32) is None
+    assert "interpreter" in op_variants.unavailable("triton", MERGE, CPU)
+    assert op_variants.unavailable("eager", MERGE, CPU) is None
+
+
+def test_a_convolution_has_no_part_in_block_order():
+    assert "are no image" in op_variants.unavailable("eager-conv", BLOCK, CPU)
+    assert op_variants.unavailable("eager-conv", MERGE, CPU) is None
+    assert op_variants.unavailable("eager", BLOCK, CPU) is None
+
+
+def test_eager_in_block_order_copies_no_tokens():
+    case = replace(BLOCK, prefix=0)
+    tensors = operators._inputs(case, CPU, torch.float32)
+    with LiveTensors() as live:
+        op_variants.function(case, "eager")(tensors)
+    # Two products, GELU and the mean and its sum; a copy of the tokens would be as large as four of the outputs.
+    out, hidden = (4 * case.rows * width for width in (case.channels, case.hidden))
+    assert live.peak <= 3 * out + 2 * hidden
+    raster = op_variants.function(replace(case, layout="raster"), "eager")
+    with torch.no_grad():
+        moved = {**tensors, "x": case.windows.to_raster_order(tensors["x"])}
+        assert torch.equal(raster(moved), op_variants.function(case, "eager")(tensors))
 
 
 def test_the_cases_are_those_of_the_papers_and_the_telling_ones_come_first():
     cases = op_cases.op_cases("bfloat16")
     assert len(cases) == len(set(cases)) == 3 * (6 * 4 * 2 + 2 * 4)
     assert [case.goal is not None for case in cases].index(False) == len(op_cases.GOALS)
+    inside = op_cases.encoder_cases("bfloat16")
+    assert len(inside) == len(set(inside)) == 3 * (4 * 2 + 2)
+    for case in inside:
+        config = SimpleNamespace(compression={"layout": "block"})
+        assert case.facts["layout"] == inner_layout(config, case.windows), "as in an encoder of hf.compress"
+    assert {case.facts.get("layout") for case in cases if case.op != "patch_merge"} == {None}
     assert {case.batch for case in cases} == {1, 4, 16, 64}
     by_name = {case.encoder: case for case in cases if case.op == "patch_merge"}
     assert by_name["siglip-so400m-384"].rows == by_name["siglip-so400m-384"].batch * 14 * 14
@@ -160,15 +211,26 @@ def test_the_cases_are_those_of_the_papers_and_the_telling_ones_come_first():
 
 
 def test_the_interval_of_a_median_is_that_of_its_ranks():
-    # n = 25: ranks 8 to 18 of the binomial at 95 %, one further out by the rounding.
-    found = spread([float(i) for i in range(1, 26)])
-    assert (found.low, found.median, found.high) == (8.0, 13.0, 19.0)
+    # n = 15: ranks 4 to 12 of the binomial at 95 %, one further out by the rounding; n = 24: ranks 2 to 8 of 8 blocks of 3.
+    found = spread([float(i) for i in range(1, 16)])
+    assert (found.low, found.median, found.high) == (4.0, 8.0, 13.0)
+    found = spread([float(i) for i in range(1, 25)])
+    assert (found.low, found.median, found.high) == (5.0, 12.5, 23.0)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("rounds", [18, 36, 200])
+def test_an_interval_covers_the_median_although_rounds_resemble_each_other(rounds, kept):
     generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(400):
-        sample = torch.randn(15, generator=generator).tolist()
-        hits += spread(sample).low <= 0 <= spread(sample).high
-    assert hits >= 0.95 * 400
+    noise = torch.randn(1000, rounds + 20, generator=generator, dtype=torch.float64)
+    state, rows = torch.zeros(1000, dtype=torch.float64), []
+    for step in noise.unbind(1):  # autoregressive: of each round a part is kept in the next
+        state = kept * state + step
+        rows.append(state)
+    samples = torch.stack(rows[20:], dim=1).tolist()
+    found = [spread(sample) for sample in samples]
+    assert 0.93 <= sum(f.low <= 0 <= f.high for f in found) / 1000 <= 0.99
+    assert all(f.low <= f.median <= f.high for f in found)
 
 
 def test_what_one_tensor_may_err_is_what_the_promise_says():

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from laco_kernels.bench import cases, page
-from laco_kernels.bench.page import devices, losses, series, vec
+from laco_kernels.bench.page import default, devices, losses, series, vec, views
 from laco_kernels.bench.page.text import depth_label, digits, duration, escape_markdown, fraction
 from laco_kernels.bench.results import FILE, Results, Row, device_folders
+from laco_kernels.kernels import select
 
 from . import synthetic
 
@@ -180,6 +181,53 @@ def test_a_loss_that_only_cold_caches_show(tmp_path):
     assert "vs compile" not in found
 
 
+def table_of(**impls):
+    rows = [{"op": "patch_merge", "layout": "raster", "dtype": "bfloat16", "up_to": 4000} for _ in impls]
+    return {
+        "Example H900": {"rows": [{**row, "direction": way, "impl": impls[way]} for row, way in zip(rows, impls, strict=True)]}
+    }
+
+
+def test_what_runs_by_default_stands_beside_the_fastest(gpu, monkeypatch):
+    monkeypatch.setattr(select, "winners", lambda: table_of(forward="composite"))
+    group = views.operators(gpu)["patch_merge"]
+    table = views.fastest_of_ours(gpu, group)
+    columns = [list(table.columns).index(name) for name in ("fastest of ours", "default", "default vs compile")]
+    found = [[line.cells[i].text for i in columns] for line in table.lines if line.cells]
+    assert ["triton", "composite", "1.01x"] in found
+    assert ["triton", "composite + eager", ""] in found, "backward has no row in the table"
+    assert ["triton", "eager", "0.74x"] in found, "block order has no row either, and what eager loses is said"
+    every = views.every_variant(gpu, group)
+    marked = [line.cells[0].text for line in every.lines if line.cells and line.cells[0].note == "the default"]
+    assert sorted(set(marked)) == ["composite", "eager"]
+    monkeypatch.setattr(select, "winners", lambda: table_of(forward="composite", backward="composite"))
+    overview = {
+        (line.cells[0].note, line.cells[1].text): line.cells[4]
+        for line in views.overview(gpu).lines
+        if line.cells[0].text == "patch_merge"
+    }
+    assert overview["both, bfloat16", "default"].text == "1.01x"
+    assert overview["both, bfloat16", "fastest"].text == "1.20x"
+
+
+def test_beyond_the_table_eager_runs(gpu, monkeypatch):
+    monkeypatch.setattr(select, "winners", lambda: table_of(forward="triton"))
+    assert default.implementations(gpu, synthetic.case(batch=16)) == ("triton",)
+    assert default.implementations(gpu, synthetic.case(batch=64)) == ("eager",)
+    assert default.implementations(gpu, {"op": "patch_merge"}) == ("eager",)
+    monkeypatch.setattr(select, "winners", dict)
+    assert default.implementations(gpu, synthetic.case()) == ("eager",)
+
+
+def test_the_readme_is_narrow(folders):
+    lines = page.readme_section(folders).splitlines()
+    tables = [line for line in lines if line.startswith("| ") and "NVIDIA" not in line and "LaCo" not in line]
+    timed = [line for line in tables if "memory" not in line and "tick" not in line and "wrong" not in line]
+    cases = [line for line in timed if "batch 16) |" in line or "bfloat16) |" in line]
+    assert len(cases) > 20
+    assert max(map(len, cases)) <= 120
+
+
 def test_goals_and_how_far_off(gpu):
     table = losses.goals(gpu)
     assert [line.cells[4].text for line in table.lines] == ["24.0 % short", *["met"] * 4]
@@ -224,7 +272,8 @@ def test_the_readme_with_a_gpu(folders):
     assert "not yet measured on a GPU" not in text
     assert "| LaCo, TPS | 28.2 |" in text
     assert "1 of 5 goals are missed." in text
-    assert "| strided_conv_gelu (forward, bfloat16) | 3 |" in text
+    assert "| strided_conv_gelu (forward, bfloat16) | fastest | 3 |" in text
+    assert "| patch_merge (block order, forward, bfloat16) | fastest | 1 |" in text
     for line in text.splitlines():
         assert line == line.rstrip()
     assert "\n\n\n" not in text + page.markdown(folders)

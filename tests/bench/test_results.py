@@ -41,6 +41,15 @@ def test_the_same_row_replaces_itself_and_another_commit_stays_beside_it(tmp_pat
     ]
 
 
+def test_rows_from_before_there_was_a_layout_are_in_raster_order(tmp_path):
+    results = Results.open(tmp_path)
+    name = results.begin({"date": "2026-01-01"})
+    results.add([Row("ops", {"op": op}, "eager", {"timings": {}}, name, "a") for op in ("patch_merge", "strided_conv_gelu")])
+    (merge, conv) = Results.open(tmp_path).rows.values()
+    assert merge.case == {"op": "patch_merge", "layout": "raster"}
+    assert conv.case == {"op": "strided_conv_gelu"}
+
+
 def test_the_latest_row_of_a_case_is_the_one_measured_last(tmp_path):
     results, name = filled(tmp_path)
     later = results.begin({"date": "2026-02-01"})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from laco_kernels.bench import tune
-from laco_kernels.bench.results import Results, device_folders
+from laco_kernels.bench.results import Results, Row, device_folders
 from laco_kernels.kernels import select
 from tests.bench.rows import GPU, op_row, spread
 
@@ -61,6 +61,42 @@ def test_buckets_grow_with_the_tokens_and_equal_neighbours_are_one():
     assert chosen(rows) == [(144, "reference"), (2304, "triton")]
 
 
+def test_layouts_are_apart_and_operators_without_one_have_none():
+    rows = [{**row, "layout": "block"} for row in times(eager=100, triton=50)]
+    rows += [{**row, "op": "strided_conv_gelu"} for row in times(eager=100, triton=50)]
+    results = Results(None)
+    name = results.begin(GPU)
+    results.add([op_row(environment=name, **row) for row in [*rows, *times(eager=100, composite=50)]])
+    for row in results.rows.values():
+        if row.case["op"] == "strided_conv_gelu":
+            del row.case["layout"]
+    found = tune.winners(results.latest())
+    assert [(row["op"], row.get("layout"), row["impl"]) for row in found] == [
+        ("patch_merge", "block", "triton"),
+        ("patch_merge", "raster", "composite"),
+        ("strided_conv_gelu", None, "triton"),
+    ]
+
+
+def test_what_is_slower_than_eager_in_one_case_is_not_chosen_there_and_splits_the_bucket():
+    def pairs(batch, eager, triton):  # the paired ratio of the helper is 100 over the median
+        return [{**row, "batch": batch} for row in times(eager=eager, triton=triton)]
+
+    rows = [*pairs(1, 100, 50), *pairs(4, 120, 101), *pairs(16, 100, 50)]
+    assert chosen(rows) == [(144, "triton"), (576, "reference"), (2304, "triton")], "the median ratio of the second is 0.99"
+    sweep = op_row("triton", 101, environment="", sweep="batch", encoder="-", hidden=1024)
+    results = Results(None)
+    name = results.begin(GPU)
+    results.add([op_row(environment=name, **row) for row in pairs(1, 100, 50)])
+    results.add(
+        [
+            Row("sweep", sweep.case, variant, row.values, name, "c")
+            for variant, row in (("eager", op_row("eager", 100, environment=name)), ("triton", sweep))
+        ]
+    )
+    assert [row["impl"] for row in tune.table([results])["NVIDIA H200"]["rows"]] == ["reference"]
+
+
 def test_directions_are_apart_and_both_together_is_no_bucket():
     rows = [{**row, "direction": direction} for direction in ("backward", "both") for row in times(eager=100, triton=50)]
     (entry,) = table([*rows, *times(eager=100, composite=50)]).values()
@@ -82,8 +118,8 @@ def test_the_file_reads_back_and_changes_are_told(tmp_path):
     file = tmp_path / "winners.json"
     tune.write(new, file)
     assert json.loads(file.read_text()) == new
-    assert tune.changes(old, new) == ["NVIDIA H200: patch_merge forward bfloat16 up to 144 tokens: reference -> triton"]
-    assert tune.changes(new, {}) == ["NVIDIA H200: patch_merge forward bfloat16 up to 144 tokens: triton -> nothing"]
+    assert tune.changes(old, new) == ["NVIDIA H200: patch_merge forward raster bfloat16 up to 144 tokens: reference -> triton"]
+    assert tune.changes(new, {}) == ["NVIDIA H200: patch_merge forward raster bfloat16 up to 144 tokens: triton -> nothing"]
     assert tune.changes(new, new) == []
     assert json.loads(tune.dumps({})) == {}
 

@@ -8,9 +8,16 @@ from laco_kernels.kernels import select
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 ROWS = [
-    {"op": "patch_merge", "direction": "forward", "dtype": "bfloat16", "up_to": 1000, "impl": "composite"},
-    {"op": "patch_merge", "direction": "forward", "dtype": "bfloat16", "up_to": 10_000, "impl": "triton"},
-    {"op": "patch_merge", "direction": "backward", "dtype": "bfloat16", "up_to": 10_000, "impl": "composite"},
+    {"op": "patch_merge", "direction": "forward", "layout": "raster", "dtype": "bfloat16", "up_to": 1000, "impl": "composite"},
+    {"op": "patch_merge", "direction": "forward", "layout": "raster", "dtype": "bfloat16", "up_to": 10_000, "impl": "triton"},
+    {
+        "op": "patch_merge",
+        "direction": "backward",
+        "layout": "raster",
+        "dtype": "bfloat16",
+        "up_to": 10_000,
+        "impl": "composite",
+    },
 ]
 
 
@@ -20,18 +27,21 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     select._verdicts.cache_clear()
+    select._buckets.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
 
     def install(name, table):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: name)
         monkeypatch.setattr(select, "winners", lambda: table)
+        select._buckets.cache_clear()
 
     yield install
     select._verdicts.cache_clear()
+    select._buckets.cache_clear()
 
 
-def choose(rows=2000, dtype=torch.bfloat16, direction="forward"):
-    return select.choose("patch_merge", direction, CUDA, dtype, rows)
+def choose(rows=2000, dtype=torch.bfloat16, direction="forward", layout="raster"):
+    return select.choose("patch_merge", direction, CUDA, dtype, rows, layout)
 
 
 def test_what_was_never_measured_is_never_chosen(gpu):
@@ -43,9 +53,38 @@ def test_the_table_decides_by_size(gpu):
     gpu("H", {"H": {"capability": "9.0", "rows": ROWS}})
     assert choose(rows=1000).impl == "composite"
     assert choose(rows=1001) == ("triton", "measured fastest on H up to 10000 output tokens")
-    assert choose(rows=10_001).impl == "reference"
+    assert choose(rows=10_001) == (
+        "reference",
+        "not measured on H for patch_merge forward in raster order in torch.bfloat16 above 10000 output tokens",
+    )
     assert choose(dtype=torch.float32).impl == "reference"
     assert choose(direction="backward").impl == "composite"
+
+
+def test_layouts_are_chosen_apart_and_an_operator_without_one_matches_rows_without_one(gpu):
+    block = {**ROWS[0], "layout": "block", "impl": "triton"}
+    conv = {**{name: value for name, value in ROWS[0].items() if name != "layout"}, "op": "strided_conv_gelu"}
+    gpu("H", {"H": {"capability": "9.0", "rows": [ROWS[0], block, conv]}})
+    assert (choose(500).impl, choose(500, layout="block").impl) == ("composite", "triton")
+    assert choose(500, layout=None) == ("reference", "not measured on H for patch_merge forward in torch.bfloat16")
+    assert select.choose("strided_conv_gelu", "forward", CUDA, torch.bfloat16, 500).impl == "composite"
+
+
+def test_the_operators_say_how_their_tokens_lie(gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(select, "choose", lambda *args: asked.append(args[-1]) or select.Choice("reference", ""))
+    x = torch.randn(1, 4, 16, requires_grad=True)
+    for layout in ("raster", "block"):
+        merge(x=x, layout=layout).sum().backward()
+    lk.strided_conv_gelu(x, torch.randn(16, 64), None, grid=(2, 2))
+    assert asked == ["raster", "raster", "block", "block", None]
+
+
+def test_a_choice_is_looked_up_once(gpu, monkeypatch):
+    gpu("H", {"H": {"capability": "9.0", "rows": ROWS}})
+    choose(1)
+    monkeypatch.setattr(select, "winners", lambda: pytest.fail("read again"))
+    assert [choose(rows).impl for rows in (1, 1001, 10_001)] == ["composite", "triton", "reference"]
 
 
 def test_a_relative_of_a_measured_gpu_needs_a_verdict_of_its_own(gpu):
@@ -72,6 +111,7 @@ def test_a_table_need_not_be_sorted_and_old_gpus_are_refused(gpu, monkeypatch):
     assert choose(rows=1000).impl == "composite"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    select._buckets.cache_clear()
     assert choose() == ("reference", "the kernels need compute capability 8.0 (Ampere) or newer")
 
 
@@ -106,8 +146,8 @@ def test_the_shipped_table_is_readable_and_names_what_exists():
         assert all(row["op"] in select.OPERATORS and row["impl"] in select.IMPLEMENTATIONS for row in entry["rows"])
 
 
-def merge(**options):
-    x, weight = torch.randn(1, 4, 16), torch.randn(16, 64)
+def merge(x=None, **options):
+    x, weight = torch.randn(1, 4, 16) if x is None else x, torch.randn(16, 64)
     return lk.patch_merge(x, weight, None, torch.randn(16, 16), None, grid=(2, 2), **options)
 
 

@@ -41,6 +41,7 @@ class Unit:
     measure: Callable[[], Measured]
     variants: tuple[str, ...] = ()  # that it is to have rows of
     kind: str = ""  # units of one kind take about as long as each other
+    compile: Callable[[], object] | None = None  # what measuring needs compiled, by a process of its own: can be pickled
 
 
 @dataclass
@@ -70,6 +71,18 @@ def begin(
     return results.begin(block), limits
 
 
+def pending(units: Iterable[Unit], results: Results, name: str) -> list[Unit]:
+    """Return the units that lack rows of this commit; on a changed checkout all do."""
+    commit = results.environments[name]["commit"]
+    known = {row.key for row in results.rows.values()}
+
+    def is_done(unit: Unit) -> bool:
+        keys = [Row(unit.suite, case, variant, {}, "", commit).key for case in unit.cases for variant in unit.variants]
+        return not str(commit).endswith("*") and all(key in known for key in keys)
+
+    return [unit for unit in units if not is_done(unit)]
+
+
 def run(
     units: Iterable[Unit],
     results: Results,
@@ -90,13 +103,10 @@ def run(
     longest: dict[str, float] = {}
     block = results.environments[name]
     commit = block["commit"]
-    known = {row.key for row in results.rows.values()}
-    queue = list(units)
+    everything = list(units)
+    queue = pending(everything, results, name)
+    report.skipped = [unit.name for unit in everything if unit not in queue]
     for i, unit in enumerate(queue):
-        keys = [Row(unit.suite, case, name_, {}, "", commit).key for case in unit.cases for name_ in unit.variants]
-        if not str(commit).endswith("*") and all(key in known for key in keys):
-            report.skipped.append(unit.name)
-            continue
         start = now()
         if budget is not None and start - begun + longest.get(unit.kind, UNKNOWN) > budget:
             report.left.append(unit.name)
@@ -106,7 +116,7 @@ def run(
             measured = unit.measure()
         except Exception as error:  # whatever broke there, the other units are worth having
             report.failed[unit.name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            if not _answers(device):
+            if not answers(device):
                 report.left += [later.name for later in queue[i + 1 :]]
                 report.lost = True
                 empty = {**operators.EMPTY, "reason": report.failed[unit.name]}
@@ -124,7 +134,7 @@ def run(
     return report
 
 
-def _answers(device: torch.device) -> bool:
+def answers(device: torch.device) -> bool:
     """Whether this process can still use ``device``: after an illegal access it cannot, and a new run resumes here."""
     try:
         if device.type == "cuda":

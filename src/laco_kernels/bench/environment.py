@@ -15,6 +15,7 @@ import torch
 
 import laco_kernels
 from laco_kernels.kernels import select
+from laco_kernels.ops.patch_merge import LAYOUTS
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
@@ -48,12 +49,15 @@ def implementations() -> dict[str, str | None]:
 def automatic_choices() -> dict[str, select.Choice]:
     """Return what runs each operator where no ``impl=`` is given, and why: for 4096 tokens in bfloat16 on a GPU if any.
 
-    That is the choice for the forward pass; backward is chosen by itself. ``LACO_IMPL`` comes before it.
+    That is the choice for the forward pass; backward is chosen by itself. Where an operator knows several layouts of its tokens
+    each has an entry. ``LACO_IMPL`` comes before it.
     """
+    layouts: dict[str, tuple[str | None, ...]] = {"patch_merge": LAYOUTS}
+    keys = {" ".join(filter(None, [op, by])): (op, by) for op in select.OPERATORS for by in layouts.get(op, (None,))}
     if name := os.environ.get("LACO_IMPL"):
-        return {op: select.Choice(name, "LACO_IMPL says so") for op in select.OPERATORS}
+        return {key: select.Choice(name, "LACO_IMPL says so") for key in keys}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {op: select.choose(op, "forward", device, torch.bfloat16, 4096) for op in select.OPERATORS}
+    return {key: select.choose(op, "forward", device, torch.bfloat16, 4096, by) for key, (op, by) in keys.items()}
 
 
 def _version(package: str) -> str | None:

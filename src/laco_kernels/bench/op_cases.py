@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.geometry import Windows
@@ -43,6 +43,7 @@ class OpCase:
     direction: str
     dtype: str
     sweep: str | None = None
+    layout: str = "raster"  # how the tokens lie; what is not the merge layer knows no other
 
     @property
     def windows(self) -> Windows:
@@ -64,6 +65,8 @@ class OpCase:
             tokens = self.windows.num_tokens
             return Case(self.op, {**sizes, "tokens": tokens, "blocks": BLOCKS, "out": self.hidden}, options)
         options |= {"grid": self.grid, "pad": not self.windows.is_even}
+        if self.op == MERGE:
+            options["layout"] = self.layout
         return Case(self.op, {**sizes, "hidden" if self.op == MERGE else "out": self.hidden}, options)
 
     @property
@@ -76,12 +79,14 @@ class OpCase:
         """The case as it stands in a results file."""
         names = ("op", "encoder", "batch", "channels", "hidden", "direction", "dtype")
         facts = {**{name: getattr(self, name) for name in names}, "grid": list(self.grid)}
+        if self.op == MERGE:
+            facts["layout"] = self.layout
         return {**facts, "sweep": self.sweep} if self.sweep else facts
 
     @property
     def goal(self) -> dict[str, Any] | None:
         """How many times faster than torch.compile our best is to be on an H200 in bfloat16, where that was set."""
-        if self.dtype != "bfloat16" or self.sweep:
+        if self.dtype != "bfloat16" or self.sweep or self.layout != "raster":
             return None
         key = (self.op, self.encoder, self.batch, self.hidden // self.channels, self.direction)
         return {"ratio": GOALS[key], "against": "compile"} if key in GOALS else None
@@ -89,6 +94,7 @@ class OpCase:
     def __str__(self) -> str:
         grid = f"{self.grid[0]}x{self.grid[1]}"
         name = f"sweep-{self.sweep}" if self.sweep else self.encoder
+        name += f" {self.layout}" if self.op == MERGE else ""
         return f"{self.op} {name} grid={grid} batch={self.batch} hidden={self.hidden} {self.direction} {self.dtype}"
 
 
@@ -112,13 +118,29 @@ def _make(op: str, encoder: str, batch: int, factor: int, direction: str, dtype:
 
 
 def op_cases(dtype: str) -> list[OpCase]:
-    """Return every case, the most telling first: those with a goal, then the papers' encoders, then the rest."""
+    """Return every case in raster order, the most telling first: those with a goal, then the papers' encoders, the rest."""
     keys = list(GOALS)
     for direction in DIRECTIONS:
         for encoder in ("aimv2-l-336", *[name for name in ENCODERS if name != "aimv2-l-336"]):
             keys += [(MERGE, encoder, batch, factor, direction) for batch in BATCHES for factor in (1, 4)]
         keys += [(op, "clip-l-336", batch, 4, direction) for op in (CONV, FUSION) for batch in BATCHES]
     return [_make(*key, dtype) for key in dict.fromkeys(keys)]
+
+
+def encoder_cases(dtype: str) -> list[OpCase]:
+    """Return the merge layer as it runs inside compressed encoders, whose tokens lie window by window.
+
+    An odd grid such as SigLIP's keeps raster order there: its cases are among :func:`op_cases`, too.
+    """
+    wanted = (("aimv2-l-336", BATCHES, (1, 4)), ("internvit-300m-448", (16,), (1,)), ("siglip-so400m-384", (16,), (1,)))
+    cases = [
+        _make(MERGE, encoder, batch, factor, direction, dtype)
+        for direction in DIRECTIONS
+        for encoder, batches, factors in wanted
+        for batch in batches
+        for factor in factors
+    ]
+    return [replace(case, layout="block") if case.windows.is_even else case for case in cases]
 
 
 def sweep_cases(dtype: str) -> list[OpCase]:

@@ -25,7 +25,8 @@ def tables(rows: Iterable[Row]) -> list[Table]:
 def _table(rows: list[Row]) -> Table:
     case = rows[0].case
     grid = "x".join(map(str, case["grid"]))
-    title = f"{case['op']} {case['encoder']} {grid} batch={case['batch']} hidden={case['hidden']}"
+    title = " ".join(filter(None, [case["op"], case["encoder"], case.get("layout"), grid]))
+    title += f" batch={case['batch']} hidden={case['hidden']}"
     table = Table(title=f"{title} {case['direction']} {case['dtype']}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     kinds = [kind for kind in (GRAPH, COLD, WALL) if any(kind in row.values["timings"] for row in rows)]
     for name in ("variant", *[f"{kind} us" for kind in kinds], "x eager", "x compile", "roof", "MB", "ok"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 from laco_kernels import reference
@@ -26,13 +29,15 @@ VARIANTS = (EAGER, CONVOLUTION, COMPILE, AUTOTUNE, *OURS, PRODUCTS)
 MODES = {COMPILE: "default", AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 
-def unavailable(variant: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why ``variant`` cannot be timed on ``device``, or ``None`` where it can."""
+def unavailable(variant: str, case: OpCase, device: torch.device) -> str | None:
+    """Return why ``variant`` cannot be timed in ``case`` on ``device``, or ``None`` where it can."""
+    if variant == CONVOLUTION and case.layout == "block":
+        return "tokens that lie window by window are no image; a convolution would have to put them in raster order first"
     if variant not in OURS:
         return None
     if select.interpreted():
         return "Triton's interpreter is there to check kernels, its time says nothing"
-    return select.unavailable(variant, device, dtype)
+    return select.unavailable(variant, device, getattr(torch, case.dtype))
 
 
 def function(case: OpCase, variant: str) -> Function:
@@ -41,16 +46,28 @@ def function(case: OpCase, variant: str) -> Function:
         return lambda tensors: case.case(tensors, variant)
     plain = functools.partial(_convolution if variant == CONVOLUTION else _eager, case)
     if variant in MODES:
+        _quiet_autotuning()
         compiled = torch.compile(lambda *tensors: plain(*tensors), fullgraph=True, dynamic=False, mode=MODES[variant])
         return lambda tensors: compiled(*tensors.values())
     return lambda tensors: plain(*tensors.values())
+
+
+def _quiet_autotuning() -> None:
+    """Keep max-autotune from writing all that it tries, and what of it does not fit a GPU, between our lines."""
+    for name, value in (("autotune_num_choices_displayed", 0), ("max_autotune_report_choices_stats", False)):
+        if hasattr(torch._inductor.config, name):
+            setattr(torch._inductor.config, name, value)
+    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 def _eager(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
     """The operator as its paper describes it, in plain PyTorch."""
     if case.op == MERGE:
         x, weight1, bias1, weight2, bias2 = tensors
-        return reference.patch_merge_forward(x, weight1, bias1, weight2, bias2, windows=case.windows)[0]
+        # In block order without a prefix its space-to-depth is x.view(batch, windows, 4 * channels): nothing is copied.
+        merge = functools.partial(reference.patch_merge_forward, windows=case.windows, layout=case.layout)
+        return merge(x, weight1, bias1, weight2, bias2)[0]
     *xs, weight, bias = tensors
     if case.op == CONV:
         return reference.strided_conv_gelu_forward(xs[0], weight, bias, windows=case.windows)[0]

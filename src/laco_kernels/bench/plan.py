@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ def op_unit(
     suite = "tiny" if case.encoder.startswith("tiny-") else "sweep" if case.sweep else "ops"
     kind = "max-autotune" if AUTOTUNE in able else "ops"
     name = f"{case} with max-autotune" if AUTOTUNE in able else str(case)
-    return Unit(name, suite, (case.facts,), measure, tuple(able), kind)
+    # Autotuning times what it compiles, so it must run alone.
+    ahead = None if AUTOTUNE in able else functools.partial(operators.compile_once, case, device, able)
+    return Unit(name, suite, (case.facts,), measure, tuple(able), kind, ahead)
 
 
 def plan(
@@ -53,19 +56,23 @@ def plan(
     rounds: int | None = None,
     seconds: float = 1.0,
 ) -> list[Unit]:
-    """Return every unit, the most telling first: operators with a goal, encoders, the goals again with max-autotune, the
-    shapes of the goals in other directions, sweeps, the other operators.
+    """Return every unit, the most telling first.
+
+    Operators with a goal, encoders, the merge as it runs inside these, the shapes of the goals in other directions, sweeps, the
+    other operators; the goals again with max-autotune last, for they take longest.
     """
     options: dict[str, Any] = {"limits": limits, "rounds": rounds, "seconds": seconds}
-    ops, sweeps = op_cases.op_cases(dtype), op_cases.sweep_cases(dtype)
+    ops, inside, sweeps = op_cases.op_cases(dtype), op_cases.encoder_cases(dtype), op_cases.sweep_cases(dtype)
     if small:
-        ops, sweeps = op_cases.tiny(ops)[:3], op_cases.tiny(sweeps)[:2]
-    units = [op_unit(case, device, autotune=autotune, **options) for case in ops]
-    first = [i for i, case in enumerate(ops) if case.goal is not None]
-    shapes = {replace(ops[i], direction="forward") for i in first}
-    akin = [i for i, case in enumerate(ops) if i not in first and replace(case, direction="forward") in shapes]
-    again = [op_unit(ops[i], device, autotune=True, **options) for i in first if not (autotune or small)]
+        ops, inside, sweeps = op_cases.tiny(ops)[:3], op_cases.tiny(inside)[:1], op_cases.tiny(sweeps)[:2]
+    goals = [case for case in ops if case.goal is not None]
+    shapes = {replace(case, direction="forward") for case in goals}
+    akin = [case for case in ops if case not in goals and replace(case, direction="forward") in shapes]
+    rest = [case for case in ops if case not in (*goals, *inside, *akin)]
+
+    def units(cases: Sequence[OpCase], autotune: bool = autotune) -> list[Unit]:
+        return [op_unit(case, device, autotune=autotune, **options) for case in cases]
+
     encoders = vec_units(device, dtype, small=small, rounds=rounds, seconds=8 * seconds)
-    growing = [op_unit(case, device, **options) for case in sweeps]
-    rest = [unit for i, unit in enumerate(units) if i not in first and i not in akin]
-    return [*(units[i] for i in first), *encoders, *again, *(units[i] for i in akin), *growing, *rest]
+    again = [] if autotune or small else units(goals, autotune=True)
+    return [*units(goals), *encoders, *units(inside), *units(akin), *units(sweeps, False), *units(rest), *again]

@@ -1,9 +1,9 @@
 """``laco tune``: the selection table, made from measured rows.
 
-A bucket is one operator, direction and dtype up to a number of output tokens. In it an implementation is chosen only where it
-is at least 3 % faster than every simpler one over the bucket's cases (geometric mean, graphs replayed), and in no case slower
-than the best eager row, warm or cold. Every case must have passed its check; its rows must come from one run of at least ten
-rounds, at a commit without changes.
+A bucket is one operator, direction, layout and dtype up to a number of output tokens. In it an implementation is chosen only
+where it is at least 3 % faster than every simpler one over the bucket's cases (geometric mean, graphs replayed), and in no
+case, whatever its width, slower than the best eager row: neither by the paired ratio nor by a time, warm or cold. Every case
+must have passed its check; its rows must come from one run of at least ten rounds, at a commit without changes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LEAD = 1.03
 REFERENCE = "reference"
+PARTS = ("op", "direction", "layout", "dtype")  # of what a bucket is for
 Times = dict[str, dict[str, float]]  # microseconds by variant and kind of time, of those that passed
 
 
@@ -32,7 +33,7 @@ def table(devices: Iterable[Results]) -> dict[str, Any]:
     """Return the selection table of all GPUs among ``devices``, as ``winners.json`` has it."""
     found: dict[str, Any] = {}
     for results in devices:
-        rows = [row for row in results.latest() if row.suite == "ops"]
+        rows = [row for row in results.latest() if row.suite in ("ops", "sweep")]
         by_name: dict[str, list[Row]] = {}
         for row in rows:
             block = results.environments[row.environment]
@@ -45,25 +46,27 @@ def table(devices: Iterable[Results]) -> dict[str, Any]:
 
 
 def winners(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return one device's buckets, by operator, direction, dtype and growing number of tokens; equal neighbours as one."""
-    cases: dict[tuple[str, str, str, int], dict[str, Times]] = {}
+    """Return one device's buckets, by what they are for and growing number of tokens; equal neighbours as one."""
+    cases: dict[tuple[str, str, str, str, int], dict[str, Times]] = {}
     runs: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row.variant != EAGER):
         case, name = row.case, json.dumps(row.case, sort_keys=True)
         if case["direction"] == "both" or str(row.commit).endswith("*"):
             continue
-        key = (case["op"], case["direction"], case["dtype"], output_tokens(case))
+        key = (case["op"], case["direction"], case.get("layout", ""), case["dtype"], output_tokens(case))
         times = cases.setdefault(key, {}).setdefault(name, {})
         if runs.setdefault(name, row.environment) != row.environment or not row.values["ok"]:
             continue
+        if row.variant in OURS and (row.values.get("ratio_eager") or {}).get("median", 1) < 1:
+            continue  # and what has no time in one of the cases is not chosen
         spreads = row.values["timings"]
         if GRAPH in spreads and spreads[GRAPH]["rounds"] >= ROUNDS:
             times[row.variant] = {kind: spreads[kind]["median"] for kind in (GRAPH, COLD) if kind in spreads}
-    buckets = [(*key[:3], key[3], best(list(cases[key].values()))) for key in sorted(cases)]
+    buckets = [(key[:4], key[4], best(list(cases[key].values()))) for key in sorted(cases)]
     merged: list[dict[str, Any]] = []
-    for (op, direction, dtype, impl), group in groupby(buckets, key=lambda bucket: (*bucket[:3], bucket[4])):
-        up_to = max(bucket[3] for bucket in group)
-        merged.append({"op": op, "direction": direction, "dtype": dtype, "up_to": up_to, "impl": impl})
+    for ((op, direction, layout, dtype), impl), group in groupby(buckets, key=lambda bucket: (bucket[0], bucket[2])):
+        what = {"op": op, "direction": direction, **({"layout": layout} if layout else {}), "dtype": dtype}
+        merged.append({**what, "up_to": max(tokens for _, tokens, _ in group), "impl": impl})
     return merged
 
 
@@ -107,7 +110,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     def buckets(found: dict[str, Any]) -> dict[tuple[str, ...], str]:
         return {
-            (name, row["op"], row["direction"], row["dtype"], str(row["up_to"])): row["impl"]
+            (name, " ".join(str(row[part]) for part in PARTS if part in row), str(row["up_to"])): row["impl"]
             for name, entry in found.items()
             for row in entry["rows"]
         }
@@ -116,9 +119,9 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = []
     for key in [*after, *[key for key in before if key not in after]]:
         if before.get(key) != after.get(key):
-            name, op, direction, dtype, up_to = key
+            name, what, up_to = key
             change = f"{before.get(key, 'nothing')} -> {after.get(key, 'nothing')}"
-            lines.append(f"{name}: {op} {direction} {dtype} up to {up_to} tokens: {change}")
+            lines.append(f"{name}: {what} up to {up_to} tokens: {change}")
     return lines
 
 

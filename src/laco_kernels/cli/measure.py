@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from laco_kernels.cli.common import (
     usage_errors,
 )
 from laco_kernels.errors import complaint
+from laco_kernels.ops.patch_merge import LAYOUTS
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,10 @@ Filter = Annotated[str | None, typer.Option("--filter", help="Only what has all 
 Small = Annotated[bool, typer.Option("--tiny", help="Shrunken cases, to try the command.")]
 Autotune = Annotated[bool, typer.Option("--autotune", help="torch.compile's max-autotune in every case; slow.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")]
-Seconds = Annotated[float, typer.Option(min=0, help="Time for the rounds of a case; at least 10, at most 200 are run.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(min=0, help="Time for the rounds of a case, of which 10 to 200 are run; default: 1, on a GPU 0.5."),
+]
 Busy = Annotated[bool, typer.Option("--allow-busy", help="Measure although other processes compute on the GPU.")]
 Commit = Annotated[str | None, typer.Option(help="What to call this version; default: the checkout's commit.")]
 
@@ -51,7 +56,7 @@ def ops(
     tiny: Small = False,
     autotune: Autotune = False,
     rounds: Rounds = None,
-    seconds: Seconds = 1.0,
+    seconds: Seconds = None,
     allow_busy: Busy = False,
     commit: Commit = None,
     out: Annotated[Path | None, typer.Option(help="Folder of results to keep the rows in, a folder for each device.")] = None,
@@ -67,7 +72,8 @@ def ops(
 
         others = _others(allow_busy, device)
         place, precision = parse_device(device), _precision(dtype, device)
-        cases = op_cases.op_cases(precision) + op_cases.sweep_cases(precision)
+        every = (op_cases.op_cases, op_cases.encoder_cases, op_cases.sweep_cases)
+        cases = list(dict.fromkeys(case for part in every for case in part(precision)))
         cases = op_cases.tiny(cases) if tiny else cases
         chosen = [case for case in cases if matches(str(case), only or "")]
         if not chosen:
@@ -79,7 +85,7 @@ def ops(
                 raise ValueError(complaint("variants", repr(name), f"names among {known}", "Separate them with commas"))
         results, block, limits = _open(out, place, precision, commit, others)
     options: dict[str, Any] = {"variants": names, "autotune": autotune, "limits": limits, "rounds": rounds}
-    units = [plan.op_unit(case, place, seconds=seconds, **options) for case in chosen]
+    units = [plan.op_unit(case, place, seconds=_seconds(seconds, place), **options) for case in chosen]
     report = _run(units, results, block, place, None)
     if as_json:
         print_json(_as_json(report, results))
@@ -99,7 +105,11 @@ def everything(
     tiny: Small = False,
     autotune: Autotune = False,
     rounds: Rounds = None,
-    seconds: Seconds = 1.0,
+    seconds: Seconds = None,
+    warm: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that compile before measuring begins; default: on a GPU one a core, at most 14."),
+    ] = None,
     allow_busy: Busy = False,
     commit: Commit = None,
     out: Annotated[Path | None, typer.Option(help="Folder of results; default: benchmarks/results, none with --tiny.")] = None,
@@ -107,6 +117,7 @@ def everything(
 ) -> None:
     """Measure everything, the most telling first, until the budget ends; what this commit measured here before is skipped.
 
+    On a GPU other processes first compile what will be measured, in at most a fifth of the budget. Nothing is timed meanwhile.
     Exit code 3 says that the GPU no longer answers this process: the same command again goes on behind what broke it.
     """
     out = out if out is not None or tiny else ROOT
@@ -118,10 +129,11 @@ def everything(
         place, precision = parse_device(device), _precision(dtype, device)
         results, block, limits = _open(out, place, precision, commit, others)
         quiet_transformers()
-        options: dict[str, Any] = {"small": tiny, "autotune": autotune, "rounds": rounds, "seconds": seconds}
+        options: dict[str, Any] = {"small": tiny, "autotune": autotune, "rounds": rounds, "seconds": _seconds(seconds, place)}
         units = [unit for unit in plan.plan(place, precision, limits=limits, **options) if matches(unit.name, only or "")]
         if not units:
             raise ValueError(complaint("filter", repr(only), "words of a unit's name", "Leave it out to measure everything"))
+    seconds_left = _compile_ahead(units, results, block, place, warm, seconds_left)
     report = _run(units, results, block, place, seconds_left)
     if as_json:
         print_json(_as_json(report, results))
@@ -173,9 +185,11 @@ def compare(
 
 
 def matches(name: str, words: str) -> bool:
-    """Return whether a case's name has all the words: ``batch=1`` as it is, others as a part of one of its words."""
+    """Return whether a case's name has all the words: ``batch=1`` and ``block`` as they are, others as a part of a word."""
     parts = name.split()
-    return all(any(word == part if "=" in word else word in part for part in parts) for word in words.split())
+    return all(
+        any(word == part if "=" in word or word in LAYOUTS else word in part for part in parts) for word in words.split()
+    )
 
 
 def parse_budget(text: str | None) -> float | None:
@@ -219,6 +233,31 @@ def _open(
         report.check_folder(folder)
         results = Results.open(folder)
     return results, *campaign.begin(results, place, precision, commit, others)
+
+
+def _seconds(given: float | None, place: torch.device) -> float:
+    return given if given is not None else 0.5 if place.type == "cuda" else 1.0
+
+
+def _compile_ahead(
+    units: list[Unit], results: Results, block: str, place: torch.device, count: int | None, budget: float | None
+) -> float | None:
+    """Let ``count`` processes compile what is to be measured; return what is left of the budget."""
+    from laco_kernels.bench import campaign, warm
+
+    begin = time.monotonic()
+    jobs = [unit.compile for unit in campaign.pending(units, results, block) if unit.compile is not None]
+    count, seconds = warm.processes(place) if count is None else count, warm.time_for(budget)
+    if not (jobs and count and seconds):
+        return budget
+    with progress_bar() as step:
+        if not err_console.is_terminal:
+            print(f"compiling {len(jobs)} units in {count} processes, {seconds:.0f} s at most", file=sys.stderr, flush=True)
+        done, broken = warm.warm(jobs, count, place, seconds, lambda n: step("compiling", n / len(jobs)))
+    spent = time.monotonic() - begin
+    broke = f", {broken} broke" if broken else ""
+    print(f"compiled {done} of {len(jobs)} units{broke} in {spent:.0f} s", file=sys.stderr, flush=True)
+    return None if budget is None else max(budget - spent, 0.0)
 
 
 def _run(units: list[Unit], results: Results, block: str, place: torch.device, budget: float | None) -> Report:

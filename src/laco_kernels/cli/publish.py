@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from laco_kernels.cli.common import Json, app, err_console, out_console, print_json, usage_errors
 from laco_kernels.errors import complaint
@@ -50,11 +51,23 @@ def tune(
 START, END = "<!-- performance -->", "<!-- end of performance -->"
 
 
-@app.command()
+class _ReadmeByDefault(TyperCommand):
+    """``--readme`` without a path is ``--readme README.md``, which typer has no way of saying."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], "-"]
+        is_bare = [arg == "--readme" and after.startswith("-") for arg, after in zip(args, following, strict=True)]
+        args = ["--readme=README.md" if bare else arg for arg, bare in zip(args, is_bare, strict=True)]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_ReadmeByDefault)
 def report(
     results: Folder = ROOT,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("report"),
-    readme: Annotated[Path | None, typer.Option(help="A README whose performance section to write instead.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="A README whose performance section to write instead; README.md if none is named.")
+    ] = None,
 ) -> None:
     """Write one HTML page and one Markdown file of everything that was measured."""
     with usage_errors():

@@ -4,7 +4,7 @@ An explicit ``impl=`` never falls back. The automatic choice is made by this rul
 
 1. ``LACO_IMPL`` in the environment, for debugging, is an explicit choice for every call that makes none.
 2. The shipped table (``winners.json``, written by measurement) has rows for this device's name: the winner of the row for
-   this operator, direction (forward or backward), dtype and number of output tokens.
+   this operator, direction (forward or backward), layout of the tokens, dtype and number of output tokens.
 3. It has rows for other devices, and ``laco check`` passed here (its verdict lies in the user's cache folder): the winner on
    the device of the nearest architecture.
 4. Else the reference. A kernel that was never verified on this GPU or its like is never chosen by itself.
@@ -107,43 +107,67 @@ def check(impl: str | None, device: torch.device, dtype: torch.dtype, op: str = 
     return impl
 
 
-def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int) -> ModuleType:
+def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, layout: str | None = None) -> ModuleType:
     """Return the module that runs ``op`` on ``rows`` output tokens on the device and in the dtype of ``like``.
 
-    ``direction`` is ``"forward"`` or ``"backward"``. Triton is imported here and not before.
+    ``direction`` is ``"forward"`` or ``"backward"``, ``layout`` that of the tokens where ``op`` knows several. Triton is
+    imported here and not before.
     """
     if impl == AUTO:
-        impl = choose(op, direction, like.device, like.dtype, rows).impl
+        impl = choose(op, direction, like.device, like.dtype, rows, layout).impl
     return importlib.import_module(modules(op)[impl])
 
 
-def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int) -> Choice:
+def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, layout: str | None = None) -> Choice:
     """Make the automatic choice for one direction, and say why."""
+    buckets, beyond = _buckets(op, direction, device, dtype, layout)
+    return next((choice for up_to, choice in buckets if rows <= up_to), beyond)
+
+
+@functools.cache
+def _buckets(
+    op: str, direction: str, device: torch.device, dtype: torch.dtype, layout: str | None
+) -> tuple[tuple[tuple[int, Choice], ...], Choice]:
+    """Return the choices by the output tokens that they go up to, growing, and the one beyond them."""
+
+    def always(reason: str) -> tuple[tuple[()], Choice]:
+        return (), Choice("reference", reason)
+
     if device.type != "cuda":
-        return Choice("reference", f"kernels run on NVIDIA GPUs, not on {device.type}")
+        return always(f"kernels run on NVIDIA GPUs, not on {device.type}")
     table = winners()
     if not table:
-        return Choice("reference", "no kernel has been measured on a GPU yet")
+        return always("no kernel has been measured on a GPU yet")
     name = torch.cuda.get_device_name(device)
-    source, entries = name, table.get(name)
-    if entries is None:
+    source = name
+    if name not in table:
         if not passed(name, op, str(dtype)):
-            return Choice("reference", f"`laco check` has not passed for {op} in {dtype} on this {name}")
+            return always(f"`laco check` has not passed for {op} in {dtype} on this {name}")
         here = float(".".join(map(str, torch.cuda.get_device_capability(device))))
         source = min(table, key=lambda other: abs(float(table[other]["capability"]) - here))
-        entries = table[source]
-    for row in sorted(entries["rows"], key=lambda row: row["up_to"]):
-        wanted = (op, direction, str(dtype).removeprefix("torch."))
-        if (row["op"], row["direction"], row["dtype"]) == wanted and rows <= row["up_to"]:
-            if reason := unavailable(row["impl"], device, dtype):
-                return Choice("reference", reason)
-            return Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
-    return Choice("reference", f"not measured on {source} for {op} {direction} in {dtype} with {rows} output tokens")
+    buckets = []
+    for row in rows_of(table[source], op, direction, layout, str(dtype).removeprefix("torch.")):
+        reason = unavailable(row["impl"], device, dtype)
+        fastest = Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
+        buckets.append((row["up_to"], fastest if reason is None else Choice("reference", reason)))
+    what = " ".join(filter(None, [op, direction, layout and f"in {layout} order"]))
+    beyond = f" above {buckets[-1][0]} output tokens" if buckets else ""
+    return tuple(buckets), Choice("reference", f"not measured on {source} for {what} in {dtype}{beyond}")
+
+
+def rows_of(entry: dict[str, Any], op: str, direction: str, layout: str | None, dtype: str) -> list[dict[str, Any]]:
+    """Return the rows that one device's entry in the table has for such calls, by growing number of tokens."""
+    wanted = (op, direction, layout, dtype)
+    mine = [row for row in entry["rows"] if (row["op"], row["direction"], row.get("layout"), row["dtype"]) == wanted]
+    return sorted(mine, key=lambda row: int(row["up_to"]))
 
 
 @functools.cache
 def winners() -> dict[str, Any]:
-    """Return the shipped table: by device name its ``capability`` and ``rows`` of op, direction, dtype, up_to, impl."""
+    """Return the shipped table: by device name its ``capability`` and ``rows``.
+
+    A row has op, direction, dtype, up_to, impl, and the layout where its operator knows several.
+    """
     table: dict[str, Any] = json.loads(TABLE.read_text())
     return table
 
@@ -173,6 +197,7 @@ def passed(device_name: str, op: str, dtype: str) -> bool:
 def record(device_name: str, op: str, dtype: str, *, ok: bool) -> None:
     """Keep a verdict of ``laco check``; a cache folder that cannot be written to keeps none."""
     file = verdict_file()
+    _buckets.cache_clear()
     _verdicts.cache_clear()  # another process may have written since
     verdicts = {**_verdicts(), _verdict_key(device_name, op, dtype): ok}
     try:

@@ -101,7 +101,7 @@ def run_forward(
     xs = tensors[0]
     x = xs if isinstance(xs, torch.Tensor) else xs[0]
     tokens = options["windows"].num_windows if "windows" in options else x.shape[1] - options["prefix_tokens"]
-    module = select.load(impl, name, "forward", x, x.shape[0] * tokens)
+    module = select.load(impl, name, "forward", x, x.shape[0] * tokens, options.get("layout"))
     y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
     return y, pre if save else y.new_empty(0)
 
@@ -111,7 +111,7 @@ def run_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Run ``<name>_backward`` of an implementation on what :func:`run_forward` saved."""
     x, pre, *weights = saved
-    module = select.load(impl, name, "backward", pre, pre.shape[0] * pre.shape[1])
+    module = select.load(impl, name, "backward", pre, pre.shape[0] * pre.shape[1], options.get("layout"))
     # Gradients arrive expanded and sliced, and what was saved comes back from hooks in strides of their choice.
     arguments = (grad.contiguous(), x, pre.contiguous(), *weights)
     return present(getattr(module, f"{name}_backward")(*arguments, needs, **options), pre)

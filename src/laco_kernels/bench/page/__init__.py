@@ -67,8 +67,8 @@ def readme_section(folders: Sequence[Path]) -> str:
                 for table in vec.beside_the_paper([device])
                 if not any(line.heading == vec.NO_ROWS for line in table.lines)
             ],
-            "overview": views.overview(device),
-            "losing": sections.where_we_lose(device),
+            "overview": views.overview(device).without(*views.BESIDE_SPEED),
+            "losing": sections.where_we_lose(device, brief=True),
         }
         for device in devices
     ]

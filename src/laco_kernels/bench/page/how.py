@@ -3,8 +3,8 @@
 HOW = (
     (
         "Time",
-        "All variants of a case take turns, round after round, in one run; the median over the rounds, below it its 95 % "
-        "interval. On a GPU calls are captured in a CUDA graph and replayed: caches are warm, launching costs little.",
+        "All variants of a case take turns, round after round, in one run; the median over the rounds, below it the 20th and "
+        "80th percentile. On a GPU calls are captured in a CUDA graph and replayed: caches are warm, launching costs little.",
     ),
     (
         "Cold",
@@ -14,7 +14,12 @@ HOW = (
     (
         "Against eager, against compile",
         "The time of the best eager variant (with or without F.conv2d), or of the best torch.compile variant, over the "
-        "time of the row, paired round by round. Above 1x is faster.",
+        "time of the row, paired round by round: the median, below it its 95 % interval. Above 1x is faster.",
+    ),
+    (
+        "Default",
+        "What runs where a call names no implementation, by the table that the package ships; eager is its reference. It is "
+        "made of measurements: only what beats eager in every case of a bucket is chosen.",
     ),
     (
         "Slower",
@@ -26,7 +31,7 @@ HOW = (
         "Roofline",
         "The time that the case needs at least, over the time taken: its operations at the rate of a large matrix product, or "
         "its inputs and results, each once, at the rate of a large copy. Both rates are measured in the same run (see the "
-        "environment).",
+        "environment). What memory bounds is held against its cold time, for warm caches are faster than memory.",
     ),
     ("Products", "The bare cuBLAS products without anything around them: a floor, not a contender."),
     ("Moves, peak", "The bytes that the implementation reads and writes, and the most memory that one call holds at a time."),

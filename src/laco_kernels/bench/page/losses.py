@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from laco_kernels.bench.page import rows as read
 from laco_kernels.bench.page import text
@@ -12,7 +13,7 @@ from laco_kernels.bench.page.tables import Cell, Table
 from laco_kernels.bench.page.views import ratio_cell, roofline_cell, time_cell
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from laco_kernels.bench.page.devices import Device
     from laco_kernels.bench.results import Row
@@ -25,8 +26,11 @@ COMPARISONS = {
 }
 
 
-def losing(device: Device) -> Table:
-    """Every row of ours that is slower than the best eager or compiled one beyond an interval, worst first."""
+def losing(device: Device, *, brief: bool = False) -> Table:
+    """Every row of ours whose interval lies below the best eager or compiled one, worst first.
+
+    ``brief`` is for narrow pages: below headings, without times, and with cold caches only where nothing else shows a loss.
+    """
     found = [
         (lost, case, row)
         for suite in OPS
@@ -35,11 +39,35 @@ def losing(device: Device) -> Table:
         if row.variant in read.OURS and (lost := _lost(row, case)) is not None
     ]
     table = Table(("case", "ours", *COMPARISONS.values(), "time", "run"))
-    for _, case, row in sorted(found, key=lambda loss: loss[0]):
+    found.sort(key=lambda loss: loss[0])
+    is_warm = True
+    for label, (_, case, row) in _labelled(table, found, lambda loss: loss[1], brief):
         ratios = [ratio_cell(comparison(row, case, *kind)) for kind in COMPARISONS]
+        is_warm &= "bad" in [cell.kind for cell in ratios[:2]]
         time = time_cell(read.warm(row)) if device.gpu else Cell()
-        table.add(case.full_label, row.variant, *ratios, time, device.run(row))
+        table.add(label, row.variant, *ratios, time, device.run(row))
+    if brief:
+        table = table.without("time", "run", *(list(COMPARISONS.values())[2:] if is_warm else []))
     return table.trimmed()
+
+
+T = TypeVar("T")
+
+
+def _labelled(table: Table, found: Sequence[T], case_of: Callable[[T], Case], brief: bool) -> Iterator[tuple[Cell, T]]:
+    """Yield what was found with its label: a full one, or a short one below a heading for each operator and way."""
+    if not brief:
+        yield from ((case_of(entry).full_label, entry) for entry in found)
+        return
+
+    def heading(entry: T) -> str:
+        facts = case_of(entry).case
+        sweep = f"sweep of {facts['sweep']}" if facts.get("sweep") else ""
+        return ", ".join(filter(None, [str(facts.get("op", "operator")), text.way(facts), sweep]))
+
+    for name, entries in itertools.groupby(sorted(found, key=heading), key=heading):
+        table.head(name)
+        yield from ((case_of(entry).label, entry) for entry in entries)
 
 
 def lost_cases(device: Device) -> tuple[int, int]:
@@ -85,26 +113,27 @@ def losing_vec(device: Device) -> Table:
     return table.trimmed()
 
 
-def goals(device: Device) -> Table:
-    """Every goal, what the best of ours reaches, and how far that is off; missed ones first."""
-    lines: list[tuple[float, tuple[Cell | str, ...]]] = []
+def goals(device: Device, *, brief: bool = False) -> Table:
+    """Every goal, what the best of ours reaches, and how far that is off; missed ones first, ``brief`` as for what loses."""
+    lines: list[tuple[float, Case, tuple[Cell | str, ...]]] = []
     for suite in OPS:
         for case in cases(device.suite(suite)):
             for (wanted, against), rows in _goals(case).items():
                 reached = [(ratio, row) for row in rows if (ratio := read.ratio(row, against)) is not None]
-                what = (case.full_label, f"{text.times(wanted)} of {against}")
+                what = f"{text.times(wanted)} of {against}"
                 if not reached:
                     reasons = "; ".join(dict.fromkeys(read.why(row) if not read.times(row) else "no ratio" for row in rows))
-                    lines.append((-1.0, (*what, "", Cell("no time", reasons), Cell("missed", kind="bad"), "")))
+                    lines.append((-1.0, case, (what, "", Cell("no time", reasons), Cell("missed", kind="bad"), "")))
                     continue
                 ratio, row = max(reached, key=lambda pair: pair[0].median)
                 share = ratio.median / wanted
                 verdict = Cell("met", kind="good") if share >= 1 else Cell(f"{100 * (1 - share):.1f} % short", kind="bad")
-                lines.append((share, (*what, row.variant, ratio_cell(ratio), verdict, roofline_cell(row))))
+                lines.append((share, case, (what, row.variant, ratio_cell(ratio), verdict, roofline_cell(row))))
     table = Table(("case", "goal", "best of ours", "reached", "verdict", "of roofline"))
-    for _, cells in sorted(lines, key=lambda line: line[0]):
-        table.add(*cells)
-    return table.trimmed()
+    lines.sort(key=lambda line: line[0])
+    for label, (_, _, cells) in _labelled(table, lines, lambda line: line[1], brief):
+        table.add(label, *cells)
+    return (table.without("of roofline") if brief else table).trimmed()
 
 
 def _goals(case: Case) -> dict[tuple[float, str], list[Row]]:
@@ -120,7 +149,7 @@ def _goals(case: Case) -> dict[tuple[float, str], list[Row]]:
 def missed(table: Table) -> int:
     """Count the goals that are missed."""
     verdict = list(table.columns).index("verdict")
-    return sum(line.cells[verdict].kind == "bad" for line in table.lines)
+    return sum(line.cells[verdict].kind == "bad" for line in table.lines if line.cells)
 
 
 def untimed(device: Device) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from laco_kernels.bench.page.text import number
@@ -21,23 +22,25 @@ KINDS = ("graph", "cold", "wall")  # the first that all variants of a case have 
 
 
 class Interval(NamedTuple):
-    """A median and the interval that it lies in."""
+    """A median, the interval that it lies in, and the 20th and 80th percentile of the sample."""
 
     median: float
     low: float
     high: float
+    p20: float = math.nan
+    p80: float = math.nan
 
 
 def interval(entry: Any) -> Interval | None:
-    """Read an interval; the 20th and 80th percentiles stand in where it has no bounds."""
+    """Read an interval; percentiles and bounds stand in for each other where one of them is missing."""
     if not isinstance(entry, dict):
         return None
     median = number(entry.get("median"))
     if median is None or median <= 0:
         return None
-    low, high = (number(entry.get(name, entry.get(other))) for name, other in (("low", "p20"), ("high", "p80")))
-    low, high = (bound if bound is not None and bound > 0 else median for bound in (low, high))
-    return Interval(median, low, high)
+    pairs = (("low", "p20"), ("high", "p80"), ("p20", "low"), ("p80", "high"))
+    found = (number(entry.get(name, entry.get(other))) for name, other in pairs)
+    return Interval(median, *(bound if bound is not None and bound > 0 else median for bound in found))
 
 
 def times(row: Row) -> dict[str, Interval]:

@@ -102,8 +102,8 @@ def _operators(device: Device) -> list[Part]:
         part.text.append("The operators have not been measured on this device.")
         return [part]
     part.text.append(
-        "The fastest of our implementations against the best of eager PyTorch and of torch.compile: the median over all cases "
-        "with their range; then every case."
+        "The fastest of our implementations in each case, and the one that runs by default, against the best of eager PyTorch "
+        "and of torch.compile: the median over all cases with their range; then every case."
     )
     if device.gpu and not any(read.roofline(row) for row in device.suite("ops")):
         part.text.append("No ceilings were measured on this device, so there is no roofline.")
@@ -137,10 +137,10 @@ def _memory(device: Device) -> Part:
     return part
 
 
-def where_we_lose(device: Device) -> list[Part]:
-    """Say where we lose, what goals are missed, and which rows have no time."""
+def where_we_lose(device: Device, *, brief: bool = False) -> list[Part]:
+    """Say where we lose, what goals are missed, and which rows have no time; ``brief`` for narrow pages."""
     out = []
-    lost, encoders = losses.losing(device), losses.losing_vec(device)
+    lost, encoders = losses.losing(device, brief=brief), losses.losing_vec(device)
     part = Part("Where we lose", tables=[table for table in (lost, encoders) if len(table)])
     ours = [row for row in device.rows if row.variant in read.OURS and read.times(row)]
     if len(lost):
@@ -157,7 +157,7 @@ def where_we_lose(device: Device) -> list[Part]:
     else:
         part.text.append("None of our implementations has a time on this device, so none could lose.")
     out.append(part)
-    goals = losses.goals(device)
+    goals = losses.goals(device, brief=brief)
     if len(goals):
         out.append(Part("Goals", [f"{losses.missed(goals)} of {len(goals)} goals are missed."], [goals]))
     untimed = losses.untimed(device)

@@ -57,7 +57,12 @@ class Table:
     def trimmed(self) -> Table:
         """Return the table without the columns in which no line has anything."""
         body = [line for line in self.lines if not line.heading]
-        keep = [i for i in range(len(self.columns)) if i == 0 or any(line.cells[i].text not in ("", "-") for line in body)]
+        columns = list(enumerate(self.columns))[1:]
+        return self.without(*(name for i, name in columns if all(line.cells[i].text in ("", "-") for line in body)))
+
+    def without(self, *names: str) -> Table:
+        """Return the table without some of its columns."""
+        keep = [i for i, name in enumerate(self.columns) if name not in names]
         lines = [Line(tuple(line.cells[i] for i in keep), line.heading) if line.cells else line for line in self.lines]
         return Table([self.columns[i] for i in keep], lines, self.title, self.closed)
 

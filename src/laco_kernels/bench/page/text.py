@@ -44,8 +44,8 @@ def duration(microseconds: float) -> str:
 
 
 def limits(interval: Interval, unit: float = 1.0) -> str:
-    """``12.1-12.5``, in ``unit``."""
-    return f"{digits(interval.low / unit)}-{digits(interval.high / unit)}"
+    """``12.1-12.5``: the 20th and 80th percentile in ``unit``."""
+    return f"{digits(interval.p20 / unit)}-{digits(interval.p80 / unit)}"
 
 
 def times(value: float) -> str:
@@ -100,7 +100,13 @@ def size(case: dict[str, Any]) -> str:
     """How large a case is: ``24 x 24, hidden 4096, batch 16``."""
     grid = case.get("grid")
     parts = [" x ".join(map(str, grid))] if isinstance(grid, (list, tuple)) and grid else []
+    parts += [order_of_tokens(case)] if order_of_tokens(case) else []
     return ", ".join(parts + [f"{name} {case[name]}" for name in ("hidden", "batch") if name in case])
+
+
+def order_of_tokens(case: dict[str, Any]) -> str:
+    """``block order``; nothing in raster order, which is that of images."""
+    return "block order" if case.get("layout") == "block" else ""
 
 
 def way(case: dict[str, Any]) -> str:
@@ -115,19 +121,19 @@ def shape(case: dict[str, Any]) -> str:
 
 def more(case: dict[str, Any]) -> str:
     """Whatever else a case says: ``576 tokens, channels 1024``."""
-    known = ("op", "encoder", "grid", "hidden", "batch", "direction", "dtype", "sweep")
+    known = ("op", "encoder", "grid", "layout", "hidden", "batch", "direction", "dtype", "sweep")
     tokens = [plural(grid_tokens(case), "token")] if grid_tokens(case) else []
     return ", ".join(tokens + [f"{name} {value}" for name, value in case.items() if name not in known])
 
 
 def order(case: dict[str, Any]) -> tuple[Any, ...]:
-    """Sort cases by operator, direction, precision, encoder, tokens, width and batch."""
+    """Sort cases by operator, direction, precision, encoder, layout, tokens, width and batch."""
     direction = case.get("direction")
     place = DIRECTIONS.index(direction) if direction in DIRECTIONS else len(DIRECTIONS)
     numbers = (grid_tokens(case), *(number(case.get(name)) or 0.0 for name in ("hidden", "batch")))
     op, encoder_name, dtype = (str(case.get(name, "")) for name in ("op", "encoder", "dtype"))
     known = OPERATORS.index(op) if op in OPERATORS else len(OPERATORS)
-    return (known, op, place, dtype, encoder_name, *numbers, fraction(case.get("depth")))
+    return (known, op, place, dtype, encoder_name, case.get("layout") == "block", *numbers, fraction(case.get("depth")))
 
 
 def slug(text: str) -> str:

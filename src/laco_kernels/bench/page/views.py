@@ -6,8 +6,8 @@ import itertools
 import statistics
 from typing import TYPE_CHECKING
 
+from laco_kernels.bench.page import default, text
 from laco_kernels.bench.page import rows as read
-from laco_kernels.bench.page import text
 from laco_kernels.bench.page.grouping import Case, cases
 from laco_kernels.bench.page.tables import Cell, Table
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from laco_kernels.bench.results import Row
 
 
+BESIDE_SPEED = ("of roofline", "memory vs eager")
+
+
 def operators(device: Device) -> dict[str, list[Case]]:
     """Return the cases of the suite "ops" by operator."""
     found: dict[str, list[Case]] = {}
@@ -28,7 +31,7 @@ def operators(device: Device) -> dict[str, list[Case]]:
 
 
 def time_cell(interval: Interval | None) -> Cell:
-    """Write a time with its interval."""
+    """Write a time with its 20th and 80th percentile."""
     if interval is None:
         return Cell()
     unit, _ = text.scale(interval.median)
@@ -78,25 +81,37 @@ def _headed(table: Table, group: Sequence[Case]) -> Iterator[Case]:
 
 
 def fastest_of_ours(device: Device, group: Sequence[Case]) -> Table:
-    """One line a case: the fastest of our implementations beside the best of the others."""
-    table = Table(("case", "fastest of ours", "vs eager", "vs compile", "of roofline", "time", "cold", "run"))
+    """One line a case: the fastest of our implementations beside the best of the others, and what runs by default."""
+    columns = ("case", "fastest of ours", "vs eager", "vs compile", "default", "default vs eager", "default vs compile")
+    table = Table((*columns, "of roofline", "time", "cold", "run"))
     for case in _headed(table, group):
         row = read.fastest(case.rows, read.OURS)
+        usual = default_cells(device, case)
         if row is None:
             ours = [row for row in case.rows if row.variant in read.OURS]
             note = "; ".join(dict.fromkeys(read.why(row) for row in ours)) or "not measured"
-            table.add(case.label, Cell("none", note), *[""] * 6)
+            table.add(case.label, Cell("none", note), "", "", *usual, *[""] * 4)
             continue
         table.add(
             case.label,
             Cell(row.variant, "correct" if row.values.get("ok") else "not checked"),
             ratio_cell(read.ratio(row, "eager")),
             ratio_cell(read.ratio(row, "compile")),
+            *usual,
             roofline_cell(row),
             *time_cells(device, row),
             device.run(row),
         )
     return table.trimmed()
+
+
+def default_cells(device: Device, case: Case) -> list[Cell]:
+    """Write what runs a case by default, and how it compares."""
+    row = default.row_of(device, case)
+    names = " + ".join(default.implementations(device, case.case))
+    if row is None:
+        return [Cell(names, "not measured so"), Cell(), Cell()]
+    return [Cell(names), *(ratio_cell(read.ratio(row, against)) for against in read.BASELINES)]
 
 
 def every_variant(device: Device, group: Sequence[Case]) -> Table:
@@ -107,12 +122,14 @@ def every_variant(device: Device, group: Sequence[Case]) -> Table:
         table.head(
             ", ".join(filter(None, [*_swept(case), text.encoder(case.case), text.shape(case.case), text.more(case.case)]))
         )
+        usual = default.row_of(device, case)
         for row in case.rows:
+            note = "a floor, no contender" if row.variant == "products" else "the default" if row is usual else ""
             shown = time_cells(device, row)
             if not read.times(row):
                 shown[0] = Cell("no time", read.why(row), "bad" if row.values.get("ok") is False else "")
             table.add(
-                Cell(row.variant, "a floor, no contender" if row.variant == "products" else ""),
+                Cell(row.variant, note),
                 *shown,
                 ratio_cell(read.ratio(row, "eager"), judge=row.variant in read.OURS),
                 ratio_cell(read.ratio(row, "compile"), judge=row.variant in read.OURS),
@@ -149,24 +166,31 @@ def memory(group: Sequence[Case]) -> Table:
 
 
 def overview(device: Device) -> Table:
-    """One line an operator, direction and precision: how the fastest of ours compares over all its cases."""
-    table = Table(("operator", "cases", "vs best eager", "vs best compile", "of roofline", "peak memory vs eager"))
-    groups: dict[tuple[str, ...], list[tuple[Case, Row]]] = {}
+    """Two lines an operator, layout, direction and precision: the fastest of ours, and the default, over all their cases."""
+    table = Table(("operator", "ours", "cases", "vs eager", "vs compile", *BESIDE_SPEED))
+    groups: dict[tuple[str, ...], list[Case]] = {}
     for case in cases(device.suite("ops")):
-        row = read.fastest(case.rows, read.OURS)
-        if row is not None:
-            key = tuple(str(case.case.get(name, "")) for name in ("op", "direction", "dtype"))
-            groups.setdefault(key, []).append((case, row))
+        key = (str(case.case.get("op", "")), text.order_of_tokens(case.case), text.way(case.case))
+        groups.setdefault(key, []).append(case)
     for (op, *rest), group in groups.items():
-        rows = [row for _, row in group]
-        table.add(
-            Cell(op, ", ".join(filter(None, rest))),
-            str(len(rows)),
-            *(_span((r.median for row in rows if (r := read.ratio(row, against))), text.times) for against in read.BASELINES),
-            _span((share for row in rows if (share := read.roofline(row)) is not None), percent, bar=True),
-            _span((peak for case, row in group if (peak := _share_of_eager(case, row)) is not None), text.times),
-        )
+        for who, choose in (("fastest", _fastest), ("default", default.row_of)):
+            pairs = [(case, row) for case in group if (row := choose(device, case)) is not None]
+            rows = [row for _, row in pairs]
+            if rows and (device.gpu or who != "default"):
+                ratios = [[r.median for row in rows if (r := read.ratio(row, against))] for against in read.BASELINES]
+                table.add(
+                    Cell(op, ", ".join(filter(None, rest))),
+                    who,
+                    str(len(rows)),
+                    *(_span(found, text.times) for found in ratios),
+                    _span((share for row in rows if (share := read.roofline(row)) is not None), percent, bar=True),
+                    _span((peak for case, row in pairs if (peak := _share_of_eager(case, row)) is not None), text.times),
+                )
     return table.trimmed()
+
+
+def _fastest(_: Device, case: Case) -> Row | None:
+    return read.fastest(case.rows, read.OURS)
 
 
 def _share_of_eager(case: Case, row: Row) -> float | None:
@@ -179,5 +203,5 @@ def _span(values: Iterable[float], form: Callable[[float], str], *, bar: bool = 
     found = list(values)
     if not found:
         return Cell()
-    middle, note = statistics.median(found), f"{form(min(found))} to {form(max(found))}" if len(found) > 1 else ""
+    middle, note = statistics.median(found), f"{form(min(found)).rstrip('x %')}-{form(max(found))}" if len(found) > 1 else ""
     return Cell(form(middle), note, bar=middle if bar else None)
