@@ -27,17 +27,17 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     select._verdicts.cache_clear()
-    select._buckets.cache_clear()
+    select._CHOICES.clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
 
     def install(name, table):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: name)
         monkeypatch.setattr(select, "winners", lambda: table)
-        select._buckets.cache_clear()
+        select._CHOICES.clear()
 
     yield install
     select._verdicts.cache_clear()
-    select._buckets.cache_clear()
+    select._CHOICES.clear()
 
 
 def choose(rows=2000, dtype=torch.bfloat16, direction="forward", layout="raster"):
@@ -111,7 +111,7 @@ def test_a_table_need_not_be_sorted_and_old_gpus_are_refused(gpu, monkeypatch):
     assert choose(rows=1000).impl == "composite"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
-    select._buckets.cache_clear()
+    select._CHOICES.clear()
     assert choose() == ("reference", "the kernels need compute capability 8.0 (Ampere) or newer")
 
 

@@ -120,11 +120,17 @@ def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, layo
 
 def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, layout: str | None = None) -> Choice:
     """Make the automatic choice for one direction, and say why."""
-    buckets, beyond = _buckets(op, direction, device, dtype, layout)
+    key = (op, direction, device, dtype, layout)
+    if key not in _CHOICES:
+        _CHOICES[key] = _buckets(*key)
+    buckets, beyond = _CHOICES[key]
     return next((choice for up_to, choice in buckets if rows <= up_to), beyond)
 
 
-@functools.cache
+# Not functools.cache, of which Dynamo warns where it traces an operator's body.
+_CHOICES: dict[tuple[Any, ...], tuple[tuple[tuple[int, Choice], ...], Choice]] = {}
+
+
 def _buckets(
     op: str, direction: str, device: torch.device, dtype: torch.dtype, layout: str | None
 ) -> tuple[tuple[tuple[int, Choice], ...], Choice]:
@@ -197,7 +203,7 @@ def passed(device_name: str, op: str, dtype: str) -> bool:
 def record(device_name: str, op: str, dtype: str, *, ok: bool) -> None:
     """Keep a verdict of ``laco check``; a cache folder that cannot be written to keeps none."""
     file = verdict_file()
-    _buckets.cache_clear()
+    _CHOICES.clear()
     _verdicts.cache_clear()  # another process may have written since
     verdicts = {**_verdicts(), _verdict_key(device_name, op, dtype): ok}
     try:
