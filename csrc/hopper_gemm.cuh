@@ -1,0 +1,428 @@
+// One matrix product for Hopper, sm_90a: out[m, n] = epilogue(sum_k A[m, k] W[n, k] + bias[n]), bf16 in and out, float sums.
+//
+// A warpgroup whose one thread drives the copy engine fills a ring of shared-memory slots; the other warpgroups multiply what
+// lies there and write the result. Blocks are persistent: while a tile is written, the ring already holds the next one.
+//
+//   full[slot]   completes when the slot's bytes have arrived: one arrival (the producer's, which announces the bytes)
+//   empty[slot]  completes when every warp that reads the slot is done, in all blocks of the cluster, as W is multicast
+//
+// The n-th use of a slot waits for parity n % 2 of `full`, and the producer before it for parity (n + 1) % 2 of `empty`: a
+// fresh barrier counts as having completed phase 1, so that the first round does not wait.
+//
+// A parity cannot tell a phase from the one two before it: whoever waits must have seen the slot's last use complete. Consumers
+// that take turns skip each other's slots, so that each waits for the one before it to have seen all of its slots:
+//
+//   order[consumer]  completes when every warp of the consumer before it has
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "gelu.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace laco {
+
+constexpr int MAX_SOURCES = 8;
+constexpr int BK = 64;  // channels a slot: 128 bytes, the width of the swizzle
+
+// How rows are found in an image: row q is the window whose first pixel is (q % out_width, q / out_width) * step.
+struct Rows {
+  int im2col;  // 0: the tensor map is a plain matrix
+  int per_image;
+  int out_width;
+  int step;
+};
+
+struct GemmParams {
+  CUtensorMap a[MAX_SOURCES];  // 64 channels x BM rows
+  CUtensorMap w;               // (channel, tap, n): 64 x 1 x BN / CLUSTER
+  CUtensorMap out, pre;        // 64 columns x 16 rows, stored by one warp
+  CUtensorMap residual;        // 64 channels x BM rows
+  const __nv_bfloat16* bias;   // [n] or null
+  __nv_bfloat16* out_tokens;   // [B, out_prefix + rows.per_image, n]
+  int m, n;
+  int sources, taps, tap_width, channel_steps;  // K = sources * taps * channels; tap_width: taps along x
+  Rows rows;
+  Rows residual_rows;
+  int height, width;  // of the residual's image
+  int out_prefix;     // > 0: images do not follow each other, so that rows are written without the copy engine (with RESIDUAL)
+  int group;          // row tiles that take turns before the next column of tiles
+};
+
+// CONSUMERS warpgroups share a tile of BM x BN, or with PINGPONG each works on a tile of its own, one multiplying while the
+// other writes. CLUSTER blocks work on tiles one below the other and each loads its share of their common W.
+template <int BM_, int BN_, int STAGES_, int CLUSTER_, bool PINGPONG_ = false, int CONSUMERS_ = 2, int STORE_BUFFERS_ = 2>
+struct Tile {
+  static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_, CLUSTER = CLUSTER_, CONSUMERS = CONSUMERS_;
+  static constexpr bool PINGPONG = PINGPONG_;
+  static constexpr int STORE_BUFFERS = STORE_BUFFERS_;
+  static constexpr int THREADS = 128 * (CONSUMERS + 1);
+  static constexpr int ROWS = PINGPONG ? BM : BM / CONSUMERS;  // of a consumer
+  static constexpr int BLOCKS_M = ROWS / 64;
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+  static constexpr int A_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2, SLOT_BYTES = A_BYTES + W_BYTES;
+  static constexpr int PIECE_BYTES = 16 * 64 * 2;  // what a warp writes at a time: 16 rows of 64 columns
+  static constexpr int STORE_BYTES = CONSUMERS * 4 * STORE_BUFFERS * PIECE_BYTES;
+  static constexpr int SHARED_BYTES = 1024 + STAGES * SLOT_BYTES + STORE_BYTES + (2 * STAGES + CONSUMERS) * 8;
+  static_assert(BM % (PINGPONG ? 64 : 64 * CONSUMERS) == 0 && BN % 64 == 0 && BM <= 256 && BN <= 256);
+  static_assert(BLOCKS_M * BN <= 256, "the accumulators take BLOCKS_M * BN / 2 registers");
+  static_assert(A_BYTES % 1024 == 0 && W_BYTES / CLUSTER % 1024 == 0, "each copy starts at a swizzle atom");
+  static_assert(SHARED_BYTES <= 232448);
+};
+
+// A position in the ring of slots.
+template <int STAGES>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+
+  __device__ __forceinline__ void skip(int slots) {
+    slot += slots;
+    parity ^= (slot / STAGES) & 1;
+    slot %= STAGES;
+  }
+};
+
+// Tiles in the order they are worked on: down `group` row tiles, then the next column, so that A and W stay in the L2 cache.
+template <class T>
+struct Schedule {
+  int rows, columns, group;  // in tiles; a cluster's CLUSTER tiles count as one row
+
+  __device__ __forceinline__ explicit Schedule(const GemmParams& p)
+      : rows((p.m + T::BM * T::CLUSTER - 1) / (T::BM * T::CLUSTER)), columns((p.n + T::BN - 1) / T::BN), group(p.group) {}
+
+  __device__ __forceinline__ int tiles() const { return rows * columns; }
+
+  __device__ __forceinline__ void find(int tile, int rank, int& m0, int& n0) const {
+    const int in_group = group * columns, first = tile / in_group * group;
+    const int height = min(rows - first, group), i = tile % in_group;
+    m0 = ((first + i % height) * T::CLUSTER + rank) * T::BM;
+    n0 = i / height * T::BN;
+  }
+};
+
+// Loads 64 channels of BM rows; `at` is found once a tile.
+struct RowPosition {
+  int row, x, y, b;
+
+  __device__ __forceinline__ RowPosition(const Rows& rows, int m) : row(m), x(0), y(0), b(0) {
+    if (rows.im2col) {
+      b = m / rows.per_image;
+      const int q = m - b * rows.per_image;
+      y = q / rows.out_width;
+      x = (q - y * rows.out_width) * rows.step;
+      y *= rows.step;
+    }
+  }
+};
+
+// One thread: everything the block's tensor cores will read, in the order in which they read it.
+template <class T, bool RESIDUAL>
+__device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty, int rank) {
+  constexpr uint16_t everyone = (1 << T::CLUSTER) - 1;
+  const Schedule<T> schedule(p);
+  const int clusters = gridDim.x / T::CLUSTER;
+  Ring<T::STAGES> ring;
+  int iteration = 0;
+  for (int tile = blockIdx.x / T::CLUSTER; tile < schedule.tiles(); tile += clusters) {
+    int m0, n0;
+    schedule.find(tile, rank, m0, n0);
+    // The second tile of the last cluster may lie outside: its loads must still happen, and any rows do.
+    if (m0 >= p.m) m0 = 0;
+    const RowPosition at(p.rows, m0);
+    for (int source = 0; source < p.sources; ++source) {
+      const CUtensorMap* map_a = &p.a[source];
+      for (int tap = 0; tap < p.taps; ++tap) {
+        const int dy = tap / p.tap_width, dx = tap - dy * p.tap_width;
+        for (int step = 0; step < p.channel_steps; ++step, ring.next(), ++iteration) {
+          const uint32_t to = slots + ring.slot * T::SLOT_BYTES, barrier = full + ring.slot * 8;
+          ptx::barrier_wait(empty + ring.slot * 8, ring.parity ^ 1, "empty", iteration);
+          // Parts outside the tensors count too: they arrive as zeros.
+          ptx::barrier_expect(barrier, T::SLOT_BYTES);
+          if (p.rows.im2col) {
+            ptx::load_im2col(map_a, barrier, to, step * BK, at.x, at.y, at.b, dx, dy);
+          } else {
+            ptx::load_2d(map_a, barrier, to, step * BK, at.row);
+          }
+          if constexpr (T::CLUSTER == 1) {
+            ptx::load_3d(&p.w, barrier, to + T::A_BYTES, step * BK, source * p.taps + tap, n0);
+          } else {
+            ptx::load_3d_multicast(&p.w, barrier, to + T::A_BYTES + rank * (T::W_BYTES / T::CLUSTER), step * BK,
+                                   source * p.taps + tap, n0 + rank * (T::BN / T::CLUSTER), everyone);
+          }
+        }
+      }
+    }
+    if constexpr (RESIDUAL) {
+      const RowPosition first(p.residual_rows, m0);
+      for (int chunk = 0; chunk < T::BN / 64; ++chunk) {
+        for (int tap = 0; tap < 4; ++tap, ring.next(), ++iteration) {
+          const uint32_t to = slots + ring.slot * T::SLOT_BYTES, barrier = full + ring.slot * 8;
+          ptx::barrier_wait(empty + ring.slot * 8, ring.parity ^ 1, "empty for residual", iteration);
+          ptx::barrier_expect(barrier, T::A_BYTES);
+          const int c = n0 + chunk * 64;
+          if (p.residual_rows.im2col) {
+            ptx::load_im2col(&p.residual, barrier, to, c, first.x, first.y, first.b, tap & 1, tap >> 1);
+          } else {
+            ptx::load_2d(&p.residual, barrier, to, tap * p.n + c, first.row);
+          }
+        }
+      }
+    }
+  }
+  // The other block still arrives at our barriers: stay until every slot has been given back.
+  for (int i = 0; i < T::STAGES; ++i, ring.next()) {
+    ptx::barrier_wait(empty + ring.slot * 8, ring.parity ^ 1, "empty at the end", iteration);
+  }
+}
+
+// A consumer warp's way from registers to the output: pieces of 16 rows x 64 columns through buffers of its own.
+// TOKENS: the output may have prefix tokens in front of each image's rows.
+template <class T, bool TOKENS>
+struct Writer {
+  const GemmParams& p;
+  uint32_t buffers;
+  int lane, piece = 0;
+
+  // values: the warp's accumulators of 64 columns; `row` and `column` are the piece's first.
+  __device__ __forceinline__ void write(const float* values, const CUtensorMap* map, bool is_out, int row, int column) {
+    const uint32_t buffer = buffers + piece % T::STORE_BUFFERS * T::PIECE_BYTES;
+    ++piece;
+    if (lane == 0) ptx::store_wait_read<T::STORE_BUFFERS - 1>();
+    __syncwarp();
+    // Lanes 8i..8i+7 give the row addresses of the i-th 8 x 8 matrix: upper left, lower left, upper right, lower right.
+    const uint32_t line = buffer + (lane % 16) * 128;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* v = values + 8 * i;
+      ptx::store_matrices(line + (((2 * i + lane / 16) ^ (lane % 8)) << 4), pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]),
+                          pack(v[6], v[7]));
+    }
+    if (TOKENS && is_out && p.out_prefix > 0) {
+      __syncwarp();
+      write_tokens(buffer, row, column);
+    } else {
+      ptx::fence_async();
+      __syncwarp();
+      if (lane == 0) {
+        if (row < p.m && column < p.n) ptx::store_2d(map, buffer, column, row);
+        ptx::store_commit();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_tokens(uint32_t buffer, int row, int column) const {
+    const int chunk = lane % 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = 4 * i + lane / 8, m = row + r, n = column + chunk * 8;
+      uint4 v;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "r"(buffer + r * 128 + ((chunk ^ (r % 8)) << 4)));
+      if (m < p.m && n < p.n) {
+        const int b = m / p.rows.per_image;
+        const int64_t token = m + static_cast<int64_t>(b + 1) * p.out_prefix;
+        *reinterpret_cast<uint4*>(p.out_tokens + token * p.n + n) = v;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+// One over the number of real tokens in row m's window.
+__device__ __forceinline__ float window_scale(const GemmParams& p, int m) {
+  const int q = m % p.rows.per_image, y = q / p.residual_rows.out_width, x = q - y * p.residual_rows.out_width;
+  const int tokens = min(p.height - 2 * y, 2) * min(p.width - 2 * x, 2);
+  return tokens == 4 ? 0.25f : tokens == 2 ? 0.5f : 1.f;
+}
+
+template <class T, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
+__device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty, uint32_t order,
+                                        uint32_t buffers, int consumer, int rank) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const Schedule<T> schedule(p);
+  const int clusters = gridDim.x / T::CLUSTER;
+  const int steps = p.sources * p.taps * p.channel_steps;
+  const int first_row = T::PINGPONG ? 0 : consumer * T::ROWS;
+  Writer<T, RESIDUAL> writer{p, buffers + (consumer * 4 + warp) * T::STORE_BUFFERS * T::PIECE_BYTES, lane};
+  Ring<T::STAGES> ring;
+
+  const auto release = [&](int slot) {
+    if constexpr (T::CLUSTER == 1) {
+      if (lane == 0) ptx::barrier_arrive(empty + slot * 8);
+    } else {
+      if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + slot * 8, lane);
+    }
+  };
+
+  const auto pass_on = [&] {
+    if (lane == 0) ptx::barrier_arrive(order + (consumer + 1) % T::CONSUMERS * 8);
+  };
+
+  int turn = 0;
+  uint32_t order_parity = consumer == 0;  // nobody is before the first consumer's first tile
+  for (int tile = blockIdx.x / T::CLUSTER; tile < schedule.tiles(); tile += clusters) {
+    if constexpr (T::PINGPONG) {
+      const bool mine = turn == consumer;
+      turn = turn + 1 == T::CONSUMERS ? 0 : turn + 1;
+      if (!mine) {
+        ring.skip(steps + (RESIDUAL ? T::BN / 16 : 0));
+        continue;
+      }
+    }
+    int m0, n0;
+    schedule.find(tile, rank, m0, n0);
+    m0 += first_row;
+
+    // Asked for before the product and used after it.
+    uint32_t bias[T::BN / 8] = {};
+    if (p.bias != nullptr) {
+      const __nv_bfloat16* first = p.bias + n0 + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < T::BN / 8; ++j) {
+        if (8 * j < p.n - n0) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bias[j]) : "l"(first + 8 * j));
+      }
+    }
+
+    if constexpr (T::PINGPONG) {
+      ptx::barrier_wait(order + consumer * 8, order_parity, "order", tile);
+      order_parity ^= 1;
+    }
+    float acc[T::BLOCKS_M][T::BN / 2];
+    int previous = 0;
+    for (int step = 0; step < steps; ++step) {
+      ptx::barrier_wait(full + ring.slot * 8, ring.parity, "full", step);
+      const uint32_t slot = slots + ring.slot * T::SLOT_BYTES;
+      const uint64_t a = wgmma::descriptor(slot + first_row * 128), w = wgmma::descriptor(slot + T::A_BYTES);
+#pragma unroll
+      for (int i = 0; i < T::BLOCKS_M; ++i) wgmma::keep(acc[i]);
+      wgmma::fence();
+#pragma unroll
+      for (int k = 0; k < BK / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < T::BLOCKS_M; ++i) {
+          // Descriptors count in 16 bytes: 2 are 16 channels, 512 are 64 rows.
+          wgmma::multiply(acc[i], a + 2 * k + 512 * i, w + 2 * k, step + k > 0);
+        }
+      }
+      wgmma::commit();
+      wgmma::wait_previous();
+      if (step > 0) release(previous);
+      previous = ring.slot;
+      ring.next();
+    }
+    if constexpr (T::PINGPONG && !RESIDUAL) pass_on();
+    wgmma::wait_all();
+    release(previous);
+#pragma unroll
+    for (int i = 0; i < T::BLOCKS_M; ++i) wgmma::keep(acc[i]);
+
+    float scale[T::BLOCKS_M][2];
+    if constexpr (RESIDUAL) {
+#pragma unroll
+      for (int i = 0; i < T::BLOCKS_M; ++i) {
+        const int row = m0 + i * 64 + warp * 16 + lane / 4;
+        scale[i][0] = window_scale(p, row);
+        scale[i][1] = window_scale(p, row + 8);
+      }
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < T::BN / 64; ++chunk) {
+      const int n = n0 + chunk * 64;
+#pragma unroll
+      for (int i = 0; i < T::BLOCKS_M; ++i) {
+        float* v = acc[i] + chunk * 32;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) v[j] += j % 2 ? high_half(bias[chunk * 8 + j / 4]) : low_half(bias[chunk * 8 + j / 4]);
+        if constexpr (SAVE_PRE) writer.write(v, &p.pre, false, m0 + i * 64 + warp * 16, n);
+#pragma unroll
+        for (int j = 0; j < 32; ++j) v[j] = activate<ACTIVATION>(v[j]);
+        if constexpr (!RESIDUAL) writer.write(v, &p.out, true, m0 + i * 64 + warp * 16, n);
+      }
+      if constexpr (RESIDUAL) {
+#pragma unroll 1
+        for (int tap = 0; tap < 4; ++tap) {
+          ptx::barrier_wait(full + ring.slot * 8, ring.parity, "full for residual", tap);
+#pragma unroll
+          for (int i = 0; i < T::BLOCKS_M; ++i) {
+            const uint32_t line = slots + ring.slot * T::SLOT_BYTES + (first_row + i * 64 + warp * 16 + lane % 16) * 128;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              uint32_t x[4];
+              ptx::load_matrices(line + (((2 * j + lane / 16) ^ (lane % 8)) << 4), x);
+              float* v = acc[i] + chunk * 32 + j * 8;
+#pragma unroll
+              for (int h = 0; h < 4; ++h) {
+                v[2 * h] = fmaf(low_half(x[h]), scale[i][h % 2], v[2 * h]);
+                v[2 * h + 1] = fmaf(high_half(x[h]), scale[i][h % 2], v[2 * h + 1]);
+              }
+            }
+          }
+          __syncwarp();
+          release(ring.slot);
+          ring.next();
+        }
+#pragma unroll
+        for (int i = 0; i < T::BLOCKS_M; ++i) writer.write(acc[i] + chunk * 32, &p.out, true, m0 + i * 64 + warp * 16, n);
+      }
+    }
+    if constexpr (T::PINGPONG && RESIDUAL) pass_on();
+  }
+  if (lane == 0) ptx::store_wait_all();
+}
+
+template <class T, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
+__global__ void __launch_bounds__(T::THREADS, 1) hopper_gemm_kernel(const __grid_constant__ GemmParams p) {
+  extern __shared__ char shared[];
+  const uint32_t slots = (ptx::shared_address(shared) + 1023) / 1024 * 1024;
+  const uint32_t buffers = slots + T::STAGES * T::SLOT_BYTES;
+  const uint32_t full = buffers + T::STORE_BYTES, empty = full + T::STAGES * 8, order = empty + T::STAGES * 8;
+  const int rank = T::CLUSTER == 1 ? 0 : ptx::cluster_rank();
+  const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == 0) {
+    constexpr int readers = 4 * (T::PINGPONG ? 1 : T::CONSUMERS) * T::CLUSTER;
+    for (int i = 0; i < T::STAGES; ++i) {
+      ptx::barrier_init(full + i * 8, 1);
+      ptx::barrier_init(empty + i * 8, readers);
+    }
+    for (int i = 0; i < T::CONSUMERS; ++i) ptx::barrier_init(order + i * 8, 4);
+    ptx::barrier_init_fence();
+    for (int i = 0; i < p.sources; ++i) ptx::prefetch_map(&p.a[i]);
+    ptx::prefetch_map(&p.w);
+    ptx::prefetch_map(&p.out);
+  }
+  __syncwarp();
+  if constexpr (T::CLUSTER == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+
+  if (warpgroup == 0) {
+    ptx::registers_down<T::PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce<T, RESIDUAL>(p, slots, full, empty, rank);
+  } else {
+    ptx::registers_up<T::CONSUMER_REGISTERS>();
+    consume<T, ACTIVATION, SAVE_PRE, RESIDUAL>(p, slots, full, empty, order, buffers, warpgroup - 1, rank);
+  }
+}
+
+}  // namespace laco

@@ -1,0 +1,153 @@
+// Host side of the Hopper matrix product: tensor maps, parameters, the launch.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+
+#include "hopper_gemm.cuh"
+#include "hopper_gemm.h"
+
+namespace laco {
+
+// Taken from the driver at run time: nothing links against libcuda, so the module also loads where there is none.
+template <class Function>
+Function driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found) != cudaSuccess) return nullptr;
+  return found == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(function) : nullptr;
+}
+
+// Boxes are 128 bytes wide in 128-byte swizzle; what lies outside a tensor arrives as zero and is not written.
+inline bool encode_tiled(CUtensorMap* map, const void* base, int rank, const cuuint64_t* sizes, const cuuint64_t* strides_bytes,
+                         const cuuint32_t* box) {
+  static const auto encode = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
+  const cuuint32_t ones[3] = {1, 1, 1};
+  return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank, const_cast<void*>(base), sizes, strides_bytes, box, ones,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+inline bool encode_matrix(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
+  const cuuint32_t box[2] = {BK, cuuint32_t(box_rows)};
+  return encode_tiled(map, base, 2, sizes, strides, box);
+}
+
+// Taps are a dimension of their own, so that a width that BK does not divide ends in zeros and not in the next tap.
+inline bool encode_weight(CUtensorMap* map, const void* base, int64_t n, int64_t taps, int64_t channels, int box_rows) {
+  const cuuint64_t sizes[3] = {cuuint64_t(channels), cuuint64_t(taps), cuuint64_t(n)};
+  const cuuint64_t strides[2] = {cuuint64_t(channels) * 2, cuuint64_t(taps * channels) * 2};
+  const cuuint32_t box[3] = {BK, 1, cuuint32_t(box_rows)};
+  return encode_tiled(map, base, 3, sizes, strides, box);
+}
+
+// Pixels (x, y, b) in steps of `step`. Both corners are 0: every pixel of the image may be a window's first, and one on the last
+// odd line or column is, with its other taps outside, hence zero.
+inline bool encode_im2col(CUtensorMap* map, const void* base, int64_t channels, int64_t width, int64_t height, int64_t batch,
+                          int64_t stride_t, int64_t stride_b, int step, int pixels) {
+  static const auto encode = driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col");
+  const cuuint64_t sizes[4] = {cuuint64_t(channels), cuuint64_t(width), cuuint64_t(height), cuuint64_t(batch)};
+  // One image may come with any stride; the encoder wants at least its size.
+  const int64_t image = std::max(stride_b, height * width * stride_t);
+  const cuuint64_t strides[3] = {cuuint64_t(stride_t) * 2, cuuint64_t(width * stride_t) * 2, cuuint64_t(image) * 2};
+  const int corner[2] = {0, 0};
+  const cuuint32_t steps[4] = {1, cuuint32_t(step), cuuint32_t(step), 1};
+  return encode && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(base), sizes, strides, corner, corner, BK,
+                          pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class T>
+const char* fill(GemmParams& p, const GemmProblem& q, int group) {
+  const int64_t tokens = int64_t(q.height) * q.width;
+  const int ratio = q.windows ? 2 : 1;
+  const int64_t rows = int64_t((q.height + ratio - 1) / ratio) * ((q.width + ratio - 1) / ratio);
+  const int64_t m = rows * q.batch;
+  if (m >= int64_t(1) << 30) return "too many rows for 32-bit row numbers";
+  if (q.channels % 8 || q.n % 8 || q.stride_t % 8 || q.stride_b % 8) return "channels, n and strides must be multiples of 8";
+  if (q.num_sources < 1 || q.num_sources > MAX_SOURCES) return "there must be 1 to 8 sources";
+  if (q.out_prefix && !q.residual) return "an output with prefix tokens needs a residual";
+
+  p.m = int(m), p.n = q.n, p.group = group;
+  p.sources = q.num_sources, p.taps = ratio * ratio, p.tap_width = ratio;
+  p.channel_steps = (q.channels + BK - 1) / BK;
+  p.bias = static_cast<const __nv_bfloat16*>(q.bias);
+  p.out_tokens = static_cast<__nv_bfloat16*>(q.out), p.out_prefix = q.out_prefix;
+  const bool one_matrix = !q.windows && (q.batch == 1 || q.stride_b == tokens * q.stride_t);
+  const int line = q.windows ? (q.width + 1) / 2 : int(rows);
+  p.rows = Rows{!one_matrix, int(rows), line, ratio};
+  for (int i = 0; i < q.num_sources; ++i) {
+    const auto* base = static_cast<const __nv_bfloat16*>(q.sources[i]) + q.prefix * q.stride_t;
+    const bool ok = one_matrix ? encode_matrix(&p.a[i], base, m, q.channels, q.stride_t, T::BM)
+                               : encode_im2col(&p.a[i], base, q.channels, q.windows ? q.width : tokens,
+                                               q.windows ? q.height : 1, q.batch, q.stride_t, q.stride_b, ratio, T::BM);
+    if (!ok) return one_matrix ? "no tensor map for a source" : "no im2col tensor map for a source";
+  }
+  if (!encode_weight(&p.w, q.weight, q.n, q.num_sources * p.taps, q.channels, T::BN / T::CLUSTER)) {
+    return "no tensor map for the weight";
+  }
+  if (!encode_matrix(&p.out, q.out, m, q.n, q.n, 16)) return "no tensor map for the output";
+  if (q.pre && !encode_matrix(&p.pre, q.pre, m, q.n, q.n, 16)) return "no tensor map for the pre-activation";
+  if (q.residual) {
+    const int h = q.residual_height, w = q.residual_width;
+    if (int64_t((h + 1) / 2) * ((w + 1) / 2) != rows) return "the residual's windows must be the output's rows";
+    if (q.residual_block && (q.residual_prefix || h % 2 || w % 2 || q.residual_stride_t != q.n ||
+                             q.residual_stride_b != int64_t(h) * w * q.n)) {
+      return "a residual in block order must be contiguous, with an even grid and no prefix";
+    }
+    const auto* base = static_cast<const __nv_bfloat16*>(q.residual) + q.residual_prefix * q.residual_stride_t;
+    p.height = h, p.width = w;
+    p.residual_rows = Rows{!q.residual_block, int(rows), (w + 1) / 2, 2};
+    const bool ok = q.residual_block ? encode_matrix(&p.residual, base, m, 4 * int64_t(q.n), 4 * int64_t(q.n), T::BM)
+                                     : encode_im2col(&p.residual, base, q.n, w, h, q.batch, q.residual_stride_t,
+                                                     q.residual_stride_b, 2, T::BM);
+    if (!ok) return "no tensor map for the residual";
+  }
+  return nullptr;
+}
+
+template <class T, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
+const char* launch_kernel(const GemmParams& p, cudaStream_t stream) {
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const auto kernel = hopper_gemm_kernel<T, ACTIVATION, SAVE_PRE, RESIDUAL>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES) != cudaSuccess) {
+    return cudaGetErrorString(cudaGetLastError());
+  }
+  const int64_t tiles = int64_t((p.m + T::BM * T::CLUSTER - 1) / (T::BM * T::CLUSTER)) * ((p.n + T::BN - 1) / T::BN);
+  const int blocks = int(std::min<int64_t>(tiles, multiprocessors / T::CLUSTER)) * T::CLUSTER;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {T::CLUSTER, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(T::THREADS);
+  config.dynamicSmemBytes = T::SHARED_BYTES, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class T>
+const char* launch(const GemmProblem& q, int group, cudaStream_t stream) {
+  GemmParams p{};
+  if (const char* error = fill<T>(p, q, group)) return error;
+  if (p.m == 0 || p.n == 0) return nullptr;
+  const auto act = static_cast<Activation>(q.activation);
+  if (q.residual) {
+    if (act != Activation::none || q.pre) return "the residual comes without an activation";
+    return launch_kernel<T, Activation::none, false, true>(p, stream);
+  }
+  if (act == Activation::none) return q.pre ? "nothing to save" : launch_kernel<T, Activation::none, false, false>(p, stream);
+  if (act == Activation::erf) {
+    return q.pre ? launch_kernel<T, Activation::erf, true, false>(p, stream)
+                 : launch_kernel<T, Activation::erf, false, false>(p, stream);
+  }
+  return q.pre ? launch_kernel<T, Activation::tanh, true, false>(p, stream)
+               : launch_kernel<T, Activation::tanh, false, false>(p, stream);
+}
+
+}  // namespace laco

@@ -1,0 +1,135 @@
+// Checks the Hopper product against a slow kernel, and times it. The cases go from the simplest to the riskiest.
+//
+//   test_hopper probe                                  what the im2col copies bring, pixel by pixel
+//   test_hopper check [--skip VARIANT,..] [--from N] [--only CASE] [--variant VARIANT]
+//   test_hopper time [--skip VARIANT,..]
+//
+// Exit status: 0 all passed, 1 wrong results, 3 a kernel hung or failed (its case number is in the last line).
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "test_hopper.h"
+
+std::vector<laco::GemmVariant>& variants() {
+  static std::vector<laco::GemmVariant> all;
+  return all;
+}
+
+namespace {
+
+int current_case = 0;
+
+// name, batch, height, width, prefix, channels, sources, n, windows, bias, activation, save, residual, its height, width, out_prefix
+const Problem PROBLEMS[] = {
+    {"k64", 1, 1, 128, 0, 64, 1, 256, false, false, 0, false},
+    {"k128", 1, 1, 128, 0, 128, 1, 256, false, false, 0, false},
+    {"k1024", 1, 1, 128, 0, 1024, 1, 256, false, true, 0, false},
+    {"tiles-4x4", 1, 1, 512, 0, 256, 1, 1024, false, true, 0, false},
+    {"persistent", 1, 1, 2304, 0, 1024, 1, 4096, false, true, 0, false},
+    {"m144", 1, 12, 12, 0, 4096, 1, 4096, false, true, 0, false},
+    {"ragged", 1, 1, 203, 0, 1160, 1, 1160, false, true, 1, false},
+    {"erf", 3, 24, 24, 0, 1152, 1, 1152, false, true, 1, false},
+    {"tanh", 3, 24, 24, 0, 1152, 1, 1152, false, true, 2, false},
+    {"erf-save", 3, 24, 24, 0, 1152, 1, 4096, false, true, 1, true},
+    {"sources", 3, 24, 24, 0, 128, 8, 1024, false, true, 1, false},
+    {"windows", 4, 24, 24, 0, 1024, 1, 1024, true, true, 1, false},
+    {"windows-odd", 3, 27, 27, 0, 1152, 1, 1152, true, true, 1, false},
+    {"windows-odd-cls", 2, 27, 27, 1, 1152, 1, 1152, true, true, 2, true},
+    {"windows-small", 3, 5, 7, 1, 72, 1, 136, true, true, 1, false},
+    {"sources-cls", 3, 24, 24, 1, 1024, 8, 1024, false, true, 1, false},
+    {"residual-block", 4, 12, 12, 0, 1024, 1, 1024, false, true, 0, false, 2, 24, 24, 0},
+    {"residual", 4, 12, 12, 0, 1024, 1, 1024, false, true, 0, false, 1, 24, 24, 0},
+    {"residual-odd-cls", 3, 14, 14, 0, 1152, 1, 1152, false, true, 0, false, 1, 27, 27, 1},
+    {"large", 16, 24, 24, 0, 4096, 1, 4096, false, true, 1, true},
+};
+
+std::vector<laco::GemmVariant> choose(int argc, char** argv) {
+  std::string skip = ",", only;
+  for (int i = 2; i + 1 < argc; ++i) {
+    if (!strcmp(argv[i], "--skip")) skip += std::string(argv[i + 1]) + ",";
+    if (!strcmp(argv[i], "--variant")) only = argv[i + 1];
+  }
+  std::vector<laco::GemmVariant> chosen;
+  for (const auto& v : variants()) {
+    if (skip.find("," + std::string(v.name) + ",") != std::string::npos) continue;
+    if (only.empty() || only == v.name) chosen.push_back(v);
+  }
+  // Without clusters first, then by name.
+  std::sort(chosen.begin(), chosen.end(), [](const auto& a, const auto& b) {
+    const int x = a.cluster + (a.name[0] == 'p' ? 10 : 0), y = b.cluster + (b.name[0] == 'p' ? 10 : 0);
+    return x != y ? x < y : strcmp(a.name, b.name) < 0;
+  });
+  return chosen;
+}
+
+int check_everything(int argc, char** argv) {
+  const auto chosen = choose(argc, argv);
+  int from = 0;
+  std::string only;
+  for (int i = 2; i + 1 < argc; ++i) {
+    if (!strcmp(argv[i], "--from")) from = atoi(argv[i + 1]);
+    if (!strcmp(argv[i], "--only")) only = argv[i + 1];
+  }
+  cudaStream_t stream;
+  cudaStreamCreate(&stream);
+  bool good = true;
+  current_case = -1;
+  for (const Problem& problem : PROBLEMS) {
+    ++current_case;
+    if (current_case < from || (!only.empty() && only != problem.name)) continue;
+    Tensors tensors(problem);
+    compute_reference(tensors);
+    for (const auto& variant : chosen) {
+      const std::string label = std::string(problem.name) + " " + variant.name;
+      tensors.poison_outputs();
+      if (const char* error = variant.launch(tensors.gemm, 8, stream)) {
+        printf("FAIL %s: not launched: %s\n", label.c_str(), error);
+        good = false;
+        continue;
+      }
+      finish_or_exit(stream, 2, label);
+      good &= check(tensors, label);
+    }
+  }
+  printf("%s\n", good ? "ALL PASS" : "SOME FAILED");
+  return good ? 0 : 1;
+}
+
+}  // namespace
+
+void finish_or_exit(cudaStream_t stream, double seconds, const std::string& label) {
+  const auto start = std::chrono::steady_clock::now();
+  cudaError_t state;
+  while ((state = cudaStreamQuery(stream)) == cudaErrorNotReady) {
+    if (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) continue;
+    break;
+  }
+  if (state == cudaSuccess) return;
+  printf("%s %s %s\n", state == cudaErrorNotReady ? "HANG" : "CRASH", label.c_str(), cudaGetErrorString(state));
+  printf("STOPPED %d %s\n", current_case, label.c_str());
+  fflush(stdout);
+  _exit(3);
+}
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  cudaDeviceProp device;
+  if (cudaGetDeviceProperties(&device, 0) != cudaSuccess || device.major != 9) {
+    printf("no Hopper GPU\n");
+    return 2;
+  }
+  if (what == "probe") return probe_im2col() ? 0 : 1;
+  if (what == "check") return check_everything(argc, argv);
+  if (what == "time") {
+    printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
+    time_everything(choose(argc, argv));
+    return 0;
+  }
+  printf("usage: test_hopper probe | check | time\n");
+  return 2;
+}
