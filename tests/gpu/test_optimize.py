@@ -38,6 +38,7 @@ def features(model, x, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_encoder_errs_no_more_than_eager(name):
+    torch.use_deterministic_algorithms(False)  # cuDNN's attention warns that it is not
     torch.manual_seed(0)
     encoder = AutoModel.from_config(AutoConfig.from_pretrained(cases.FOLDER / name)).cuda()
     model = lk.hf.compress(encoder, zero_init_last=False)
@@ -190,11 +191,16 @@ def test_autocast_has_graphs_of_its_own():
 
 def test_restore_gives_the_memory_back():
     model, x = small("clip"), images(64)
+
+    def reserved():
+        torch.cuda.synchronize()
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # which cuBLAS keeps for every stream
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
     features(model, x)
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved()
     lk.hf.optimize(model, graphs=True, fuse=False)
     features(model, x)
     twin = copy.deepcopy(model)
@@ -203,9 +209,7 @@ def test_restore_gives_the_memory_back():
     lk.hf.restore(twin)
     lk.hf.restore(model)
     del twin
-    gc.collect()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2 * 2**20
+    assert reserved() <= before
 
 
 def test_without_copies_the_next_call_overwrites():
@@ -233,6 +237,7 @@ def test_fused_and_captured_with_adapters_of_autocast(family):
 
 
 def test_compiled_and_captured():
+    torch.use_deterministic_algorithms(False)  # Inductor of torch 2.11 stumbles over the NaN that this fills tensors with
     model, x = small("siglip"), images()
     expected = features(model, x)
     lk.hf.optimize(model, graphs=True, compile=True, fuse=False)

@@ -196,6 +196,10 @@ class FusedSiglipMLP(Fused, SiglipMLP):
         return self.fc2(made.view(*hidden_states.shape[:-1], -1))
 
 
+# Elements. cuBLAS's fast kernels read 16 bytes at a time; 588 values a patch took 105 us on an H200, padded to 592 60 us.
+ALIGNMENT = 8
+
+
 class PatchProduct(Fused, nn.Conv2d):
     """A patch embedding as one matrix product, whose result lies token by token: what the encoder flattens it to."""
 
@@ -207,7 +211,10 @@ class PatchProduct(Fused, nn.Conv2d):
         grid = height // down, width // across
         pixels = pixels[:, :, : grid[0] * down, : grid[1] * across]
         patches = pixels.unflatten(3, (grid[1], across)).unflatten(2, (grid[0], down)).permute(0, 2, 4, 1, 3, 5)
-        tokens = nn.functional.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+        patches, weight = patches.flatten(3).flatten(1, 2), self.weight.flatten(1)
+        if lacking := -weight.shape[1] % ALIGNMENT:
+            patches, weight = (nn.functional.pad(tensor, (0, lacking)) for tensor in (patches, weight))
+        tokens = nn.functional.linear(patches, weight, self.bias)
         return tokens.transpose(1, 2).unflatten(2, grid)
 
 

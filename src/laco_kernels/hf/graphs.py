@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import warnings
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 WARMUPS = 3  # calls before a capture, in which libraries choose and allocate what they need
 CAPTURING = "transformers.utils.output_capturing"  # its hooks note outputs while a forward pass is captured, which is enough
 SIMPLE = (bool, int, float, str, type(None))
+
+
+@functools.cache
+def capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that all captures on ``device`` share: cuBLAS keeps a workspace for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -200,7 +207,7 @@ class GraphedForward:
         buffers = iter(inputs)
         args = [next(buffers) if isinstance(value, torch.Tensor) else value for value in args]
         kwargs = {name: next(buffers) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
-        side = torch.cuda.Stream(device)
+        side = capturing_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         # What autocast keeps of the weights would lie in a graph's memory, where others would read it.

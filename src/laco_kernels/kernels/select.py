@@ -41,6 +41,7 @@ TOWER_MODULES = {
 }
 TOWER_OPERATORS = ("add_norm", "gated_silu", "activate")
 AUTO = "auto"
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here, for a compiler cannot trace it
 TABLE = Path(__file__).with_name("winners.json")
 
 
@@ -67,7 +68,7 @@ def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtyp
         return None
     if impl == "cuda":
         return "this version of laco_kernels has no CUDA kernels yet"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "Triton is not installed (it comes with torch's CUDA builds)"
     kind = device.type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if interpreted():
