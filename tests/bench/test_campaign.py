@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from laco_kernels.bench import campaign, plan
+from laco_kernels.bench import campaign, plan, vec_units
 from laco_kernels.bench.campaign import Unit, furthest, run
-from laco_kernels.bench.results import Results
+from laco_kernels.bench.page import vec as page_vec
+from laco_kernels.bench.results import Results, Row
 from tests.bench.rows import GPU, op_row
 
 CPU = torch.device("cpu")
@@ -110,14 +111,33 @@ def test_the_plan_begins_with_the_goals_then_encoders_then_what_runs_in_them():
     units = plan.plan(CPU, "bfloat16")
     suites = [unit.suite for unit in units]
     assert suites[:10] == ["ops"] * 10
-    assert suites[10:15] == ["vec"] * 5
-    assert [unit.cases[0]["layout"] for unit in units[15:45]] == 3 * [*["block"] * 9, "raster"]
-    assert "backward" in {unit.cases[0]["direction"] for unit in units[45:59]}, "what the selection needs comes early"
-    assert suites[59:72] == ["sweep"] * 13
-    assert [unit.kind for unit in units].index("max-autotune") == len(units) - 10, "what eats the budget comes last"
+    assert suites[10:17] == ["vec"] * 7
+    assert [unit.cases[0]["layout"] for unit in units[17:47]] == 3 * [*["block"] * 9, "raster"]
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[47:61]}, "what the selection needs comes early"
+    assert suites[61:74] == ["sweep"] * 13
+    kinds = [unit.kind for unit in units]
+    assert kinds.index("max-autotune") == kinds.index("vec compile") + 1 == len(units) - 10, "what eats the budget comes last"
     names = [unit.name for unit in units]
-    assert len(set(names)) == len(names) == 168 + 27 + 10 + 5 + 13
+    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13
     assert suites.count("sweep") == 13
+
+
+def test_a_training_step_has_rows_and_a_table_of_its_own():
+    run_ = vec_units.Run("aimv2-l-336", 16, ("eager", "fused", "graphs"), training=True)
+    unit = vec_units._unit(run_, CPU, "float32", True, 1, 0)
+    assert unit.variants == ("eager", "fused"), "graphs need a GPU"
+    measured = unit.measure()
+    assert [case for case, *_ in measured[::2]] == list(unit.cases)
+    assert {(case["step"], case["depth"], variant) for case, variant, _ in measured} == {
+        ("training", depth, variant) for depth in ("1/4", "1") for variant in unit.variants
+    }
+    assert all(values["ok"] and values["timings"]["wall"]["rounds"] == 1 for *_, values in measured)
+    rows = [
+        Row("vec", {**case, **extra}, variant, values, "e", None)
+        for case, variant, values in measured
+        for extra in ({}, {"step": ""})
+    ]
+    assert [key[0] for key in page_vec.runs(rows)] == ["tiny-aimv2-l-336", "tiny-aimv2-l-336, training step"]
 
 
 def test_the_cases_furthest_from_their_goal_are_found():

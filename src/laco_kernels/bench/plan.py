@@ -75,4 +75,5 @@ def plan(
 
     encoders = vec_units(device, dtype, small=small, rounds=rounds, seconds=8 * seconds)
     again = [] if autotune or small else units(goals, autotune=True)
-    return [*units(goals), *encoders, *units(inside), *units(akin), *units(sweeps, False), *units(rest), *again]
+    compiled = [] if small else vec_units(device, dtype, small=False, rounds=rounds, seconds=8 * seconds, compiled=True)
+    return [*units(goals), *encoders, *units(inside), *units(akin), *units(sweeps, False), *units(rest), *compiled, *again]

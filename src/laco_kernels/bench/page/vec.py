@@ -27,10 +27,14 @@ def runs(rows: Iterable[Row]) -> dict[tuple[str, int, str], list[Row]]:
     found: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         batch = int(text.number(row.case.get("batch")) or 0)
-        found.setdefault((text.encoder(row.case), batch, str(row.case.get("dtype", "?"))), []).append(row)
+        found.setdefault((_name(row), batch, str(row.case.get("dtype", "?"))), []).append(row)
     for group in found.values():
         group.sort(key=lambda row: (depth(row), read.variant_order(row)))
     return dict(sorted(found.items()))
+
+
+def _name(row: Row) -> str:
+    return text.encoder(row.case) + (", training step" if row.case.get("step") == "training" else "")
 
 
 def depth(row: Row) -> Fraction:
@@ -47,7 +51,7 @@ def beside_the_paper(devices: Sequence[Device]) -> list[Table]:
 
 def _beside(name: str, devices: Sequence[Device]) -> Table:
     paper, speed = PAPER_MS.get(name, {}), PAPER_TPS.get(name, {})
-    measured = [(device, [row for row in device.suite("vec") if str(row.case.get("encoder")) == name]) for device in devices]
+    measured = [(device, [row for row in device.suite("vec") if _name(row) == name]) for device in devices]
     rows = [row for _, group in measured for row in group]
     depths = sorted({*paper, *map(depth, rows)})
     title = f"{name} (LaCo, {TABLES[name]})" if name in TABLES else f"{name} (not in LaCo's tables)"
@@ -88,7 +92,20 @@ def _milliseconds(microseconds: float) -> str:
 
 def in_full(device: Device, rows: Sequence[Row]) -> Table:
     """Everything about one encoder, batch and precision."""
-    columns = ("depth", "VEC", "ratio", "LaCo", "layer", "tokens", "GFLOPs", "added", "peak", "outside", "correct")
+    columns = (
+        "depth",
+        "VEC",
+        "ratio",
+        "over eager",
+        "LaCo",
+        "layer",
+        "tokens",
+        "GFLOPs",
+        "added",
+        "peak",
+        "outside",
+        "correct",
+    )
     table = Table((*columns, "run"), title="Every depth and variant", closed=True)
     for row in rows:
         values, time = row.values, read.warm(row)
@@ -100,6 +117,7 @@ def in_full(device: Device, rows: Sequence[Row]) -> Table:
             Cell(text.depth_label(depth(row)), row.variant),
             vec,
             ratio_cell(read.ratio(row, "")),
+            ratio_cell(read.interval(values.get("mode_ratio"))) if row.variant != "eager" else "",
             "" if paper is None else text.times(paper),
             str(values.get("layer", "")),
             str(values.get("tokens", "")),
