@@ -231,6 +231,7 @@ TILES = {
     "float-small": Tile(32, 64, 32, 4, 2),
     "float-heavy": Tile(32, 32, 32, 4, 2),
     # A second sum of them takes registers too.
+    "pieces-large": Tile(64, 32, 16, 4, 3),
     "pieces-small": Tile(32, 64, 16, 4, 3),
     "pieces-heavy": Tile(32, 32, 16, 4, 3),
 }
@@ -248,7 +249,7 @@ def tile_for(m: int, n: int, dtype: torch.dtype, *, heavy: bool = False) -> Tile
         kind = "pieces" if precision(dtype) == "ieee" else "float"
         if heavy:
             return TILES[f"{kind}-heavy"]
-        return TILES["float-large" if m * n >= 64 * 32 * 264 else f"{kind}-small"]
+        return TILES[f"{kind}-large" if m * n >= 64 * 32 * 264 else f"{kind}-small"]
     if heavy:
         return TILES["half-heavy" if m * n >= 128 * 64 * 132 else "half-small"]
     if m * n >= 128 * 128 * 132:
