@@ -1,20 +1,13 @@
 """Two processes: data parallelism, sharded parameters, and tensors that know how they are spread."""
 
-import faulthandler
-import json
-import os
-import traceback
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import laco_kernels as lk
+from tests.processes import WORLD, run_together
 
-WORLD, BATCH, CHANNELS, GRID = 2, 4, 8, (4, 4)
+BATCH, CHANNELS, GRID = 4, 8, (4, 4)
 
 
 class Net(nn.Module):
@@ -198,30 +191,9 @@ def dtensor_compiled(rank):
 CHECKS = [dtensor_compiled, ddp, fsdp, dtensor_network, dtensor_operators, dtensor_redistributes]
 
 
-def work(rank, folder):
-    faulthandler.enable()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    failures = {}
-    for check in CHECKS:
-        try:
-            check(rank)
-        except Exception:
-            failures[check.__name__] = traceback.format_exc()
-    (folder / f"{rank}.json").write_text(json.dumps(failures))
-    dist.barrier()  # leave together
-    dist.destroy_process_group()
-    os._exit(0)  # everything is on record; the interpreter's own end is where gloo's threads can still abort a process
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """Run all checks in one pair of processes, as starting them takes longer than the checks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (folder,), WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return run_together(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])

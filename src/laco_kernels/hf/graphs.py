@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from laco_kernels.errors import complaint
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -44,6 +46,9 @@ class Anatomy:
     """The modules and parameters of a model at one time, and how to see cheaply that they are still the same."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+            remedy = "Optimise it with graphs=False"
+            raise RuntimeError(complaint("graphs", "sharded parameters", "parameters that stay where they are", remedy))
         modules = list(model.modules())
         self.inner = modules[1:]
         slots = [(table, name) for m in modules for table in (m._modules, m._parameters, m._buffers) for name in table]

@@ -98,8 +98,7 @@ def optimize(
 
     Raises:
         TypeError: ``encoder`` is no model, or one without layers of a known family.
-        ValueError: an option is out of range, graphs are asked for an encoder whose parameters are sharded, ``encoder`` is
-            offloaded.
+        ValueError: an option is out of range, ``encoder`` is sharded or offloaded.
         RuntimeError: ``impl`` cannot run here.
     """
     settings = Settings(fuse, graphs, compile, impl, max_bytes, tuple(batch_sizes), clone)
@@ -148,6 +147,9 @@ def _check(encoder: object, settings: Settings) -> None:
     if not isinstance(encoder, PreTrainedModel):
         remedy = "Pass the vision model itself, before torch.compile and before it is wrapped"
         raise TypeError(complaint("encoder", type(encoder).__name__, "a vision model of transformers", remedy))
+    if any(type(parameter).__name__ == "DTensor" for parameter in encoder.parameters()):
+        remedy = "Optimise it before fully_shard; CUDA graphs do not go with sharded parameters at all"
+        raise ValueError(complaint("encoder", "sharded parameters", "parameters that are in place", remedy))
     if not any(type(module) in fused.LAYERS or type(module) in STOCK for module in encoder.modules()):
         names = ", ".join(layer.__name__ for layer in fused.LAYERS)
         remedy = "Pass the vision tower of a supported family, before it is sharded"
@@ -157,9 +159,6 @@ def _check(encoder: object, settings: Settings) -> None:
         raise ValueError(
             complaint("encoder", f"an offloaded {type(encoder).__name__}", "one whose weights are in place", remedy)
         )
-    if settings.graphs and any(type(parameter).__name__ == "DTensor" for parameter in encoder.parameters()):
-        remedy = "Pass graphs=False, or do not shard the encoder"
-        raise ValueError(complaint("graphs", "True for sharded parameters", "parameters that stay where they are", remedy))
     for size in settings.batch_sizes:
         if not isinstance(size, int) or size < 1:
             raise ValueError(
