@@ -191,6 +191,8 @@ def test_copies_stand_alone(family, copied):
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(features(twin, x), expected, rtol=1e-12, atol=1e-12)
+    lk.hf.optimize(twin, fuse=False, compile=True)
+    assert copied(twin).forward.forward.__self__ is not twin
 
 
 @families

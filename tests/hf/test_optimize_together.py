@@ -63,9 +63,9 @@ def fsdp(rank):
     assert_trained_alike(shard, rank)
     model = shard(encoder(False))
     for options in ({"graphs": True}, {}):
-        with pytest.raises(ValueError, match="^encoder: got sharded parameters"):
+        with pytest.raises(ValueError, match=r"^encoder: got sharded parameters"):
             lk.hf.optimize(model, **options)
-    with pytest.raises(RuntimeError, match="^graphs: got sharded parameters"):
+    with pytest.raises(RuntimeError, match=r"^graphs: got sharded parameters"):
         Anatomy(model)
 
 

@@ -62,6 +62,26 @@ class Settings:
     clone: bool
 
 
+class CompiledForward:
+    """A forward pass through ``torch.compile``, whose copies compile that of the copied model."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.compiled = torch.compile(forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without compiled code, which holds on to the model it was compiled from."""
+        return {"forward": self.forward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`__getstate__`."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self.compiled(*args, **kwargs)
+
+
 def optimize(
     encoder: PreTrainedModel,
     *,
@@ -110,7 +130,7 @@ def optimize(
         _fuse(encoder, impl)
     forward: Callable[..., Any] = encoder.forward
     if compile:
-        forward = torch.compile(forward)
+        forward = CompiledForward(forward)
     if graphs:
         forward = GraphedForward(encoder, forward, max_bytes=max_bytes, batch_sizes=batch_sizes, clone=clone)
     if compile or graphs:
