@@ -279,6 +279,14 @@ def test_the_readme_with_a_gpu(folders):
     assert "\n\n\n" not in text + page.markdown(folders)
 
 
+def test_a_readme_sends_readers_of_long_tables_to_the_report(monkeypatch, folders):
+    monkeypatch.setattr(page, "README_ROWS", 3)
+    text = page.readme_section(folders)
+    assert "rows are too many for here; `laco report` shows each." in text
+    assert "0.58-0.60" not in text
+    assert "rows of ours are slower than the best other one beyond the interval" in " ".join(text.split())
+
+
 def test_several_runs_of_one_device_are_told_apart(folders, report):
     text = text_of(report)
     assert "Run A: torch 2.13.0" in text

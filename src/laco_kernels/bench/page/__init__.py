@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["NOT_MEASURED", "html", "markdown", "readme_section"]
 
 NOT_MEASURED = "not yet measured on a GPU"
+README_ROWS = 40  # the longest table that a README shows
 LONG = 28  # letters that a cell holds in one line
 
 
@@ -72,7 +73,7 @@ def readme_section(folders: Sequence[Path]) -> str:
         }
         for device in devices
     ]
-    return _template("readme.md.j2").render(sections=data).lstrip()
+    return _template("readme.md.j2").render(sections=data, most_rows=README_ROWS).lstrip()
 
 
 def _data(folders: Sequence[Path]) -> dict[str, Any]:
