@@ -144,7 +144,7 @@ class GraphedForward:
     def _allows(self, values: list[Any], tensors: list[torch.Tensor]) -> bool:
         return (
             bool(tensors)
-            and all(tensor.is_cuda and tensor.dim() for tensor in tensors)
+            and all(tensor.is_cuda and tensor.dim() and len(tensor) == len(tensors[0]) for tensor in tensors)
             and all(isinstance(value, (torch.Tensor, *SIMPLE)) for value in values)
             and not self.encoder.training
             and not torch.compiler.is_compiling()
