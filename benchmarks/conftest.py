@@ -42,4 +42,4 @@ def synchronised():
 def timed(case, variant):
     """The variant ready to be timed, after its check against float64."""
     rivals = operators.contenders(case, DEVICE, [variant])
-    return operators.prepare(case, DEVICE, rivals[variant])
+    return operators.prepare(case, DEVICE, variant, rivals[variant])
