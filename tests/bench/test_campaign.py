@@ -112,11 +112,12 @@ def test_the_plan_begins_with_the_goals_then_encoders_then_what_runs_in_them():
     assert suites[:10] == ["ops"] * 10
     assert suites[10:15] == ["vec"] * 5
     assert [unit.cases[0]["layout"] for unit in units[15:45]] == 3 * [*["block"] * 9, "raster"]
-    assert "backward" in {unit.cases[0]["direction"] for unit in units[45:59]}, "what the selection needs comes early"
-    assert suites[59:72] == ["sweep"] * 13
+    assert suites[45:89] == ["tower"] * 44
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[89:103]}, "what the selection needs comes early"
+    assert suites[103:116] == ["sweep"] * 13
     assert [unit.kind for unit in units].index("max-autotune") == len(units) - 10, "what eats the budget comes last"
     names = [unit.name for unit in units]
-    assert len(set(names)) == len(names) == 168 + 27 + 10 + 5 + 13
+    assert len(set(names)) == len(names) == 168 + 27 + 10 + 5 + 13 + 44
     assert suites.count("sweep") == 13
 
 
