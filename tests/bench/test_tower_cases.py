@@ -1,11 +1,12 @@
 """The operators inside an encoder in measuring, in the selection table and in the report."""
 
+import pickle
 from collections import Counter
 
 import pytest
 import torch
 
-from laco_kernels.bench import op_cases, op_variants, operators, page, tune
+from laco_kernels.bench import op_cases, op_variants, operators, page, plan, tune
 from laco_kernels.bench.page import default, devices, losses, views
 from laco_kernels.bench.results import Results, Row
 from laco_kernels.bench.tower_cases import tower_cases
@@ -71,6 +72,15 @@ def test_compiled_and_without_what_has_no_part_in_it(case):
         found = operators.measure_case(case, CPU, operators.contenders(case, CPU), rounds=1)
         assert found["compile"]["ok"]
         assert found["compile"]["timings"]
+
+
+@pytest.mark.parametrize("op", ["add_norm", "gated_silu"])
+def test_what_is_compiled_ahead_can_be_sent_to_another_process(op):
+    case = next(case for case in TINY if (case.op, case.direction) == (op, "backward"))
+    unit = plan.op_unit(case, CPU, rounds=1)
+    assert unit.variants == ("eager", "compile")
+    pickle.loads(pickle.dumps(unit.compile))()
+    assert [(facts, name) for facts, name, _ in unit.measure()] == [(case.facts, name) for name in unit.variants]
 
 
 def test_one_wrong_output_or_gradient_of_several_is_wrong():

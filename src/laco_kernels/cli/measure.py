@@ -64,6 +64,8 @@ def ops(
 ) -> None:
     """Measure the operators against eager, channels-last convolution and torch.compile on the papers' shapes.
 
+    Those inside an encoder (--filter add_norm, gated_silu, activate) against what the layers of transformers do there.
+
     Ratios are to the best eager row and the best torch.compile row, paired round by round in one interleaved run. A row that
     fails its check against float64 has no time.
     """
