@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from laco_kernels.bench import op_cases, operators
+from laco_kernels.bench import op_cases, operators, tower_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
@@ -21,7 +21,7 @@ def _cases(config):
     if config.getoption("--tiny"):
         return op_cases.tiny(cases)[:3]
     if config.getoption("--every"):
-        return list(dict.fromkeys(cases + op_cases.encoder_cases(DTYPE)))
+        return list(dict.fromkeys([*cases, *op_cases.encoder_cases(DTYPE), *tower_cases.tower_cases(DTYPE)]))
     telling = cases[: len(op_cases.GOALS)]
     return telling if DEVICE.type == "cuda" else [case for case in telling if case.batch == 1]
 
@@ -42,4 +42,4 @@ def synchronised():
 def timed(case, variant):
     """The variant ready to be timed, after its check against float64."""
     rivals = operators.contenders(case, DEVICE, [variant])
-    return operators.prepare(case, DEVICE, rivals[variant])
+    return operators.prepare(case, DEVICE, variant, rivals[variant])

@@ -51,7 +51,16 @@ def test_env():
 def test_env_says_what_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("LACO_IMPL", "composite")
     choices = json.loads(laco("env", "--json").output)["automatic_choice"]
-    assert {(choice["impl"], choice["reason"]) for choice in choices.values()} == {("composite", "LACO_IMPL says so")}
+    assert choices.pop("patch_merge block") == {"impl": "composite", "reason": "LACO_IMPL says so"}
+    refused = {"impl": "refused", "reason": "LACO_IMPL says composite, which this operator does not have"}
+    assert {name for name, choice in choices.items() if choice == refused} == {
+        "add_norm layer",
+        "add_norm rms",
+        "gated_silu",
+        "activate gelu",
+        "activate gelu_tanh",
+        "activate quick_gelu",
+    }
 
 
 def test_bench_vec_measures_every_depth(encoder, tmp_path):
@@ -259,6 +268,12 @@ def test_check_of_the_kernels():
     assert all(row["ok"] and row["dtype"] == "float16" for row in rows)
 
 
+def test_check_of_the_operators_inside_an_encoder():
+    rows = json.loads(laco("check", "--op", "activate", "--dtype", "float32", "--device", "cpu", "--json").stdout)
+    assert {(row["impl"], row["tensor"]) for row in rows} == {("triton", "y"), ("triton", "dh")}
+    assert all(row["ok"] for row in rows)
+
+
 def test_checking_nothing_is_no_success(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     done = laco("check", "--device", "cpu", "--op", "strided_conv_gelu")
@@ -287,6 +302,7 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch):
     [
         (["--op", "matmul"], "op: got 'matmul', expected one of patch_merge"),
         (["--impl", "magic"], "impl: got 'magic', expected one of reference"),
+        (["--op", "add_norm", "--impl", "composite"], "impl: got 'composite', expected one of reference, triton"),
         (["--impl", "cuda"], "impl: got 'cuda', expected one that can run, but this version"),
     ],
 )

@@ -54,6 +54,20 @@ def test_bench_ops_keeps_rows_and_prints_json(tmp_path):
     assert printed["file"] == str(folder / FILE)
 
 
+@pytest.mark.parametrize("words", ["add_norm x+scale*delta batch=1", "gated_silu backward tokens=4", "quick_gelu batch=4"])
+def test_bench_ops_measures_what_is_inside_an_encoder(words, tmp_path):
+    done = laco(*OPS[:-1], "eager,compile", "--filter", words, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"{'activate' if 'quick' in words else words.split()[0]} tiny-")
+    assert sum(line.startswith("compile ") and line.rstrip().endswith("yes") for line in lines) in (1, 2)
+    (folder,) = tmp_path.iterdir()
+    rows = list(Results.open(folder).rows.values())
+    assert {row.variant for row in rows} == {"eager", "compile"}
+    assert {row.suite for row in rows} == {"tiny"}
+
+
 def test_bench_all_resumes(tmp_path):
     arguments = (
         "bench",
@@ -73,15 +87,15 @@ def test_bench_all_resumes(tmp_path):
     first = laco(*arguments)
     assert first.exit_code == 0, first.output
     assert "compil" not in first.stderr, "not ahead on a processor"
-    assert "7 measured, 0 measured before, 0 left" in first.stdout
+    assert "9 measured, 0 measured before, 0 left" in first.stdout
     (folder,) = tmp_path.iterdir()
     rows = Results.open(folder).rows
     assert {row.suite for row in rows.values()} == {"tiny"}, "kept out of tables and reports"
     second = laco(*arguments)
-    assert "0 measured, 7 measured before, 0 left" in second.stdout
+    assert "0 measured, 9 measured before, 0 left" in second.stdout
     assert Results.open(folder).rows == rows
     third = laco(*arguments[:-1], "v2", "--budget", "0s")
-    assert "0 measured, 0 measured before, 7 left for lack of time" in third.stdout
+    assert "0 measured, 0 measured before, 9 left for lack of time" in third.stdout
 
 
 def test_bench_all_compiles_ahead_and_that_is_part_of_the_budget(monkeypatch):
@@ -91,10 +105,10 @@ def test_bench_all_compiles_ahead_and_that_is_part_of_the_budget(monkeypatch):
     monkeypatch.setattr(measure, "_run", lambda *arguments: asked.append(arguments) or Report())
     done = laco("bench", "all", "--tiny", "--device", "cpu", "--warm", 3, "--budget", "3m")
     assert done.exit_code == 0, done.output
-    assert "compiling 6 units in 3 processes, 36 s at most" in done.stderr
-    assert "compiled 5 of 6 units, 1 broke in 150 s" in done.stderr
+    assert "compiling 8 units in 3 processes, 36 s at most" in done.stderr
+    assert "compiled 5 of 8 units, 1 broke in 150 s" in done.stderr
     (jobs, count, _, seconds, _), (*_, budget) = asked
-    assert (len(jobs), count, seconds, budget) == (6, 3, 36.0, 30.0)
+    assert (len(jobs), count, seconds, budget) == (8, 3, 36.0, 30.0)
 
 
 @pytest.mark.parametrize(

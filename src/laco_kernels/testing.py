@@ -15,6 +15,8 @@ In a test suite of your own::
     def test_fused_operators(case):
         for row in testing.check_case(case, "triton", torch.bfloat16, "cuda"):
             assert row.ok, row
+
+The operators inside an encoder are cases of the same use in :mod:`laco_kernels.testing_tower`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from laco_kernels.kernels import select
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from laco_kernels.testing_tower import TowerCase
 
 
 @dataclass(frozen=True)
@@ -161,18 +165,38 @@ def compare(
     return error, budget, error <= budget
 
 
-def gradients(case: Case, inputs: dict[str, torch.Tensor], impl: str | None, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the output, as ``"y"``, and the gradients of all inputs, as ``"d<name>"``."""
+def by_name(result: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what a case returned by the outputs' names: the only one is ``"y"``."""
+    return {"y": result} if isinstance(result, torch.Tensor) else result
+
+
+def gradients(
+    case: Case | TowerCase,
+    inputs: dict[str, torch.Tensor],
+    impl: str | None,
+    grad: torch.Tensor | dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return the outputs, of which the only one is ``"y"``, and the gradients of all inputs, as ``"d<name>"``.
+
+    ``grad`` is the gradient of the output, or those of several by their names.
+    """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    y = case(leaves, impl)
-    found = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
-    return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}}
+    outputs, grads = by_name(case(leaves, impl)), by_name(grad)
+    given = [grads[name].to(y.dtype) for name, y in outputs.items()]
+    found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), given)
+    named = {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+    return {**{name: y.detach() for name, y in outputs.items()}, **named}
 
 
 def check_case(
-    case: Case, impl: str, dtype: torch.dtype, device: torch.device | str, inputs: dict[str, torch.Tensor] | None = None
+    case: Case | TowerCase,
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    inputs: dict[str, torch.Tensor] | None = None,
+    grads: dict[str, torch.Tensor] | None = None,
 ) -> list[Row]:
-    """Check output and gradients of one case.
+    """Check outputs and gradients of one case.
 
     Args:
         case: the operator and its shape.
@@ -180,22 +204,28 @@ def check_case(
         dtype: the precision.
         device: where to run it.
         inputs: tensors by name in place of drawn ones, e.g. with unusual strides.
+        grads: gradients of the outputs by name, likewise.
 
     Returns:
-        A row for the output and one for every gradient.
+        A row for every output and one for every gradient.
     """
     inputs = case.inputs(dtype, device) if inputs is None else inputs
-    with torch.no_grad():
-        y = case(inputs, "reference")
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    exact = {name: tensor.double() for name, tensor in inputs.items()}
-    truth = gradients(case, exact, "reference", grad.double())
+    if grads is None:
+        with torch.no_grad():
+            shapes = {name: y.shape for name, y in by_name(case(inputs, "reference")).items()}
+        generator = torch.Generator().manual_seed(1)
+        grads = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    exact, exact_grads = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (inputs, grads))
+    truth = gradients(case, exact, "reference", exact_grads)
     shaken = []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
-        rounded = {name: _round_once(tensor, dtype, generator) for name, tensor in exact.items()}
-        shaken.append(gradients(case, rounded, "reference", _round_once(grad.double(), dtype, generator)))
-    eager, actual = (gradients(case, inputs, which, grad) for which in ("reference", impl))
+        rounded, rounded_grads = (
+            {name: _round_once(tensor, dtype, generator) for name, tensor in tensors.items()}
+            for tensors in (exact, exact_grads)
+        )
+        shaken.append(gradients(case, rounded, "reference", rounded_grads))
+    eager, actual = (gradients(case, inputs, which, grads) for which in ("reference", impl))
     precision = str(dtype).removeprefix("torch.")
     rows = []
     for name, value in truth.items():
@@ -215,11 +245,14 @@ def _round_once(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Gener
 
 
 def check(
-    cases: Iterable[Case], impls: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device | str
+    cases: Iterable[Case | TowerCase], impls: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device | str
 ) -> Iterable[Row]:
-    """Check every case in every implementation and precision that can run on ``device``; yields rows as they come."""
+    """Check every case in every implementation and precision that can run on ``device``; yields rows as they come.
+
+    An implementation that the operator does not have is left out.
+    """
     for case in cases:
-        for impl in impls:
+        for impl in (name for name in impls if name in select.implementations(case.op)):
             for dtype in dtypes:
                 if select.unavailable(impl, torch.device(device), dtype) is None:
                     yield from check_case(case, impl, dtype, device)

@@ -112,13 +112,14 @@ def test_the_plan_begins_with_the_goals_then_encoders_then_what_runs_in_them():
     suites = [unit.suite for unit in units]
     assert suites[:10] == ["ops"] * 10
     assert suites[10:17] == ["vec"] * 7
-    assert [unit.cases[0]["layout"] for unit in units[17:47]] == 3 * [*["block"] * 9, "raster"]
-    assert "backward" in {unit.cases[0]["direction"] for unit in units[47:61]}, "what the selection needs comes early"
-    assert suites[61:74] == ["sweep"] * 13
+    assert suites[17:61] == ["tower"] * 44
+    assert [unit.cases[0]["layout"] for unit in units[61:91]] == 3 * [*["block"] * 9, "raster"]
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[91:105]}, "what the selection needs comes early"
+    assert suites[105:118] == ["sweep"] * 13
     kinds = [unit.kind for unit in units]
     assert kinds.index("max-autotune") == kinds.index("vec compile") + 1 == len(units) - 10, "what eats the budget comes last"
     names = [unit.name for unit in units]
-    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13
+    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13 + 44
     assert suites.count("sweep") == 13
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tests.tower import CASES, LARGE_CASES, TowerCase, broken_promises, everything, grads_like, norm
+from laco_kernels.testing import gradients as everything
+from laco_kernels.testing_tower import CASES, LARGE_CASES, TowerCase, norm
+from tests.tower import broken_promises, grads_like
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,6 +12,7 @@ from transformers import AutoModel
 import laco_kernels as lk
 from laco_kernels import testing
 from laco_kernels.hf import fused
+from laco_kernels.kernels import select
 from laco_kernels.ops.packed_linear import are_packed
 from tests.hf.encoders import STOCK, compressed, pixels, stock
 
@@ -65,6 +66,38 @@ def test_outputs_and_gradients_stay(family, kind, impl):
     assert classes(model) == before
     for ours, theirs in zip(everything(), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_measured_choice_is_asked_by_form_and_where_there_may_be_a_backward_pass_in_both_directions(monkeypatch):
+    faster = {("add_norm", "rms"), ("gated_silu", None), ("activate", "quick_gelu")}
+    asked = set()
+
+    def choose(op, direction, device, dtype, rows, form=None):
+        asked.add((op, form, direction))
+        return select.Choice("triton" if (op, form) in faster and direction in fast else "reference", "said so")
+
+    monkeypatch.setattr(select, "choose", choose)
+    fast = ("forward",)
+    for family, forms in (("aimv2", {("add_norm", "rms"), ("gated_silu", None)}), ("clip", {("add_norm", "layer")})):
+        model, x = made(family), pixels()
+        report = lk.hf.optimize(model)
+        active = {part.name for part in report.parts if part.inactive != "said so"}
+        assert ("RMSNorm in one pass" in active) == (family == "aimv2")
+        assert ("residual sum, LayerScale and norm in one pass" in active) == (family == "aimv2")
+        asked.clear()
+        features(model, x)
+        assert asked >= {(*form, "forward") for form in forms}
+        assert {direction for *_, direction in asked} == {"forward"}
+        model(x)
+        assert {(*form, "backward") for form in forms} <= asked
+    layer = first_layer(model)
+    x = torch.zeros(1, 4, 16)
+    assert fused.implementation(layer, "activate", x, "quick_gelu") is None, "backward is slower"
+    with torch.no_grad():
+        assert fused.implementation(layer, "activate", x, "quick_gelu") == "triton"
+    fast = ("forward", "backward")
+    assert fused.implementation(layer, "activate", x, "quick_gelu") == "triton"
+    assert fused.implementation(layer, "add_norm", x, "layer") is None
 
 
 @kinds

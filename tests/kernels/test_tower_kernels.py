@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from laco_kernels import ops, reference_tower
 from laco_kernels.kernels import elementwise, norm, select, tower
 from laco_kernels.kernels.rows import rows_of
-from tests.tower import CASES, TowerCase, broken_promises, everything, grads_like, layouts
-from tests.tower import norm as norm_case
+from laco_kernels.testing import gradients as everything
+from laco_kernels.testing_tower import CASES, TowerCase
+from laco_kernels.testing_tower import norm as norm_case
+from tests.tower import broken_promises, grads_like, layouts
 
 from .test_memory import CANARY, Guarded
 

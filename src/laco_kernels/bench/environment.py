@@ -15,8 +15,11 @@ import torch
 
 import laco_kernels
 from laco_kernels.kernels import select
+from laco_kernels.ops.activation import ACTIVATIONS
+from laco_kernels.ops.add_norm import KINDS
 from laco_kernels.ops.patch_merge import LAYOUTS
 
+FORMS = {"patch_merge": LAYOUTS, "add_norm": KINDS, "activate": ACTIVATIONS}  # the values of what select.FORMS names
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -49,13 +52,15 @@ def implementations() -> dict[str, str | None]:
 def automatic_choices() -> dict[str, select.Choice]:
     """Return what runs each operator where no ``impl=`` is given, and why: for 4096 tokens in bfloat16 on a GPU if any.
 
-    That is the choice for the forward pass; backward is chosen by itself. Where an operator knows several layouts of its tokens
-    each has an entry. ``LACO_IMPL`` comes before it.
+    That is the choice for the forward pass; backward is chosen by itself. Where an operator knows several layouts of its
+    tokens, norms or activations each has an entry. ``LACO_IMPL`` comes before it.
     """
-    layouts: dict[str, tuple[str | None, ...]] = {"patch_merge": LAYOUTS}
-    keys = {" ".join(filter(None, [op, by])): (op, by) for op in select.OPERATORS for by in layouts.get(op, (None,))}
+    operators = (*select.OPERATORS, *select.TOWER_OPERATORS)
+    keys = {" ".join(filter(None, [op, by])): (op, by) for op in operators for by in FORMS.get(op, (None,))}
     if name := os.environ.get("LACO_IMPL"):
-        return {key: select.Choice(name, "LACO_IMPL says so") for key in keys}
+        said = select.Choice(name, "LACO_IMPL says so")
+        refused = select.Choice("refused", f"LACO_IMPL says {name}, which this operator does not have")
+        return {key: said if name in select.implementations(op) else refused for key, (op, _) in keys.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {key: select.choose(op, "forward", device, torch.bfloat16, 4096, by) for key, (op, by) in keys.items()}
 

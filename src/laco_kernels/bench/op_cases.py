@@ -11,6 +11,10 @@ from laco_kernels.testing import Case
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+
+    from laco_kernels.bench.tower_cases import AnyCase
+
 # Grid in patches, tokens before it, width.
 ENCODERS: dict[str, tuple[tuple[int, int], int, int]] = {
     "aimv2-l-224": ((16, 16), 0, 1024),
@@ -73,6 +77,28 @@ class OpCase:
     def frozen(self) -> tuple[str, ...]:
         """Names of inputs that need no gradient: STF's authors train behind a frozen encoder."""
         return tuple(f"xs[{i}]" for i in range(BLOCKS)) if self.op == FUSION else ()
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of inputs whose gradient is another one's."""
+        return ()
+
+    @property
+    def suite(self) -> str:
+        """Where its rows belong."""
+        return "sweep" if self.sweep else "ops"
+
+    @property
+    def tiny(self) -> OpCase:
+        """The case at a size that a processor computes in no time."""
+        grid = (self.grid[0] // 8 * 2 + self.grid[0] % 2, self.grid[1] // 8 * 2 + self.grid[1] % 2)
+        hidden = 16 * (self.hidden // self.channels)
+        name = f"tiny-{self.encoder}"
+        return replace(self, encoder=name, grid=grid, channels=16, hidden=hidden, batch=min(self.batch, 4))
+
+    def apart(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return inputs, or their gradients, as plain PyTorch has them: the same."""
+        return tensors
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -150,14 +176,6 @@ def sweep_cases(dtype: str) -> list[OpCase]:
     return tokens + batches
 
 
-def tiny(cases: Iterable[OpCase]) -> list[OpCase]:
+def tiny(cases: Iterable[AnyCase]) -> list[AnyCase]:
     """Return the cases at a size that a processor computes in no time, to try the command."""
-    small: dict[OpCase, None] = {}
-    for case in cases:
-        grid = (case.grid[0] // 8 * 2 + case.grid[0] % 2, case.grid[1] // 8 * 2 + case.grid[1] % 2)
-        widths = {"channels": 16, "hidden": 16 * (case.hidden // case.channels)}
-        shrunk = OpCase(
-            **{**vars(case), **widths, "grid": grid, "batch": min(case.batch, 4), "encoder": f"tiny-{case.encoder}"}
-        )
-        small[shrunk] = None
-    return list(small)
+    return list(dict.fromkeys(case.tiny for case in cases))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from laco_kernels.bench.gpu_timing import COLD, GRAPH, WALL
+from laco_kernels.kernels.select import form_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,9 +25,9 @@ def tables(rows: Iterable[Row]) -> list[Table]:
 
 def _table(rows: list[Row]) -> Table:
     case = rows[0].case
-    grid = "x".join(map(str, case["grid"]))
-    title = " ".join(filter(None, [case["op"], case["encoder"], case.get("layout"), grid]))
-    title += f" batch={case['batch']} hidden={case['hidden']}"
+    size = "x".join(map(str, case["grid"])) if "grid" in case else f"tokens={case['tokens']}"
+    title = " ".join(filter(None, [case["op"], case["encoder"], form_of(case), case.get("terms"), size]))
+    title += f" batch={case['batch']}" + (f" hidden={case['hidden']}" if "hidden" in case else "")
     table = Table(title=f"{title} {case['direction']} {case['dtype']}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     kinds = [kind for kind in (GRAPH, COLD, WALL) if any(kind in row.values["timings"] for row in rows)]
     for name in ("variant", *[f"{kind} us" for kind in kinds], "x eager", "x compile", "roof", "MB", "ok"):

@@ -11,27 +11,34 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 
-from laco_kernels import reference
-from laco_kernels.bench.op_cases import CONV, FUSION, MERGE
+from laco_kernels import reference, testing
+from laco_kernels.bench.op_cases import CONV, FUSION, MERGE, OpCase
+from laco_kernels.bench.tower_cases import GATE, INPUT, NORM, TowerOpCase
 from laco_kernels.kernels import select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from laco_kernels.bench.op_cases import OpCase
+    from laco_kernels.bench.tower_cases import AnyCase
 
     Tensors = dict[str, torch.Tensor]
-    Function = Callable[[Tensors], torch.Tensor]
+    Function = Callable[[Tensors], torch.Tensor | tuple[torch.Tensor, ...]]
 
 EAGER, CONVOLUTION, COMPILE, AUTOTUNE, PRODUCTS = "eager", "eager-conv", "compile", "compile-max-autotune", "products"
 OURS = ("composite", "triton", "cuda")
 VARIANTS = (EAGER, CONVOLUTION, COMPILE, AUTOTUNE, *OURS, PRODUCTS)
+APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+EPS = 1e-6  # the default of lk.add_norm
 MODES = {COMPILE: "default", AUTOTUNE: "max-autotune-no-cudagraphs"}
 
 
-def unavailable(variant: str, case: OpCase, device: torch.device) -> str | None:
+def unavailable(variant: str, case: AnyCase, device: torch.device) -> str | None:
     """Return why ``variant`` cannot be timed in ``case`` on ``device``, or ``None`` where it can."""
-    if variant == CONVOLUTION and case.layout == "block":
+    if variant in (CONVOLUTION, PRODUCTS) and isinstance(case, TowerOpCase):
+        return f"{case.op} is no product"
+    if variant in OURS and variant not in select.implementations(case.op):
+        return f"{case.op} has no implementation of that name"
+    if variant == CONVOLUTION and isinstance(case, OpCase) and case.layout == "block":
         return "tokens that lie window by window are no image; a convolution would have to put them in raster order first"
     if variant not in OURS:
         return None
@@ -40,16 +47,34 @@ def unavailable(variant: str, case: OpCase, device: torch.device) -> str | None:
     return select.unavailable(variant, device, getattr(torch, case.dtype))
 
 
-def function(case: OpCase, variant: str) -> Function:
-    """Return ``variant`` as a function from the named tensors of ``case`` to the output; not for ``products``."""
+def function(case: AnyCase, variant: str) -> Function:
+    """Return ``variant`` as a function from the tensors of ``case``, as :func:`given`, to its outputs; not for ``products``."""
     if variant in OURS:
-        return lambda tensors: case.case(tensors, variant)
-    plain = functools.partial(_convolution if variant == CONVOLUTION else _eager, case)
+        return lambda tensors: tuple(testing.by_name(case.case(tensors, variant)).values())
+    plain: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    if isinstance(case, TowerOpCase):
+        plain = functools.partial(_layers, case)
+    else:
+        plain = functools.partial(_convolution if variant == CONVOLUTION else _eager, case)
     if variant in MODES:
         _quiet_autotuning()
         compiled = torch.compile(lambda *tensors: plain(*tensors), fullgraph=True, dynamic=False, mode=MODES[variant])
         return lambda tensors: compiled(*tensors.values())
     return lambda tensors: plain(*tensors.values())
+
+
+def given(case: AnyCase, variant: str, tensors: Tensors) -> Tensors:
+    """Return the tensors of ``case`` as ``variant`` gets them: stock layers have gate and up in tensors of their own."""
+    if variant in OURS or case.apart(tensors) is tensors:
+        return tensors
+    halves = case.apart({name: tensor.detach() for name, tensor in tensors.items()})
+    grad = any(tensor.requires_grad for tensor in tensors.values())
+    return {name: half.contiguous().requires_grad_(grad) for name, half in halves.items()}
+
+
+def outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return what a function returned as a tuple."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _quiet_autotuning() -> None:
@@ -72,6 +97,27 @@ def _eager(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
     if case.op == CONV:
         return reference.strided_conv_gelu_forward(xs[0], weight, bias, windows=case.windows)[0]
     return reference.multi_block_linear_gelu_forward(xs, weight, bias, prefix_tokens=case.prefix)[0]
+
+
+def _layers(case: TowerOpCase, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """What the layers of transformers do between their products, roundings included; in float64 without any."""
+    if case.op == GATE:
+        gate, up = tensors
+        return F.silu(gate) * up
+    x, *rest = tensors
+    if case.op != NORM:
+        return x * torch.sigmoid(1.702 * x) if case.form == "quick_gelu" else F.gelu(x, approximate=APPROXIMATIONS[case.form])
+    total = x
+    if case.terms != INPUT:
+        delta, *rest = rest
+        total = x + delta if "scale" in case.case.without else rest.pop() * delta + x
+    weight, *bias = rest
+    if bias:
+        normed = F.layer_norm(total, (case.channels,), weight, bias[0], EPS)
+    else:
+        wide = total.to(torch.promote_types(total.dtype, torch.float32))
+        normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(total.dtype)
+    return normed if case.terms == INPUT else (total, normed)
 
 
 def _convolution(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
@@ -101,7 +147,7 @@ def _tokens(image: torch.Tensor) -> torch.Tensor:
     return image.flatten(2).transpose(1, 2)
 
 
-def products(case: OpCase, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def products(case: AnyCase, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """Return the bare matrix products of ``case``, operands and results ready in memory: the floor, not a contender."""
     shapes = product_shapes(case)
 
@@ -121,8 +167,10 @@ def products(case: OpCase, device: torch.device, dtype: torch.dtype) -> Callable
     return run
 
 
-def product_shapes(case: OpCase) -> list[tuple[int, int, int, bool]]:
+def product_shapes(case: AnyCase) -> list[tuple[int, int, int, bool]]:
     """Return ``(m, n, k, whether it is a weight gradient)`` of every product."""
+    if isinstance(case, TowerOpCase):
+        return []
     area = {MERGE: 4, CONV: 4, FUSION: len(case.frozen)}[case.op] * case.channels
     layers = [(case.hidden, area)] + ([(case.channels, case.hidden)] if case.op == MERGE else [])
     found: list[tuple[int, int, int, bool]] = []
@@ -134,17 +182,17 @@ def product_shapes(case: OpCase) -> list[tuple[int, int, int, bool]]:
     return found
 
 
-def run(case: OpCase, call: Function, tensors: Tensors, grad: torch.Tensor | None) -> Callable[[], Any]:
+def run(case: AnyCase, call: Function, tensors: Tensors, grads: Sequence[torch.Tensor]) -> Callable[[], Any]:
     """Return what is timed: the forward pass, the backward pass behind one forward pass, or both."""
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     if case.direction == "forward":
 
-        def forward() -> torch.Tensor:
+        def forward() -> object:
             with torch.no_grad():
                 return call(tensors)
 
         return forward
     if case.direction == "both":
-        return lambda: torch.autograd.grad(call(tensors), leaves, grad)
-    y = call(tensors)
-    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        return lambda: torch.autograd.grad(outputs(call(tensors)), leaves, grads)
+    ys = outputs(call(tensors))
+    return lambda: torch.autograd.grad(ys, leaves, grads, retain_graph=True)

@@ -20,8 +20,8 @@ from laco_kernels.ops.cost import Traffic
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from laco_kernels.bench.op_cases import OpCase
     from laco_kernels.bench.op_variants import Function
+    from laco_kernels.bench.tower_cases import AnyCase
 
 EMPTY: dict[str, Any] = {
     "ok": None, "error": None, "budget": None, "reason": None, "timings": {}, "ratio_eager": None, "ratio_compile": None,
@@ -30,7 +30,7 @@ EMPTY: dict[str, Any] = {
 
 
 def measure_case(
-    case: OpCase,
+    case: AnyCase,
     device: torch.device,
     variants: Mapping[str, Function | None],
     *,
@@ -56,19 +56,20 @@ def measure_case(
     found = {name: {**EMPTY, "goal": _goal(case, device), **_costs(case, name, dtype)} for name in variants}
     clocks: dict[str, Clock] = {}
     try:
-        tensors, grad, truth, eager = _reference(case, device, dtype)
+        tensors, grads, truth, eager = _reference(case, device, dtype)
     except torch.OutOfMemoryError:
         return {name: {**values, "reason": "out of memory for inputs and reference"} for name, values in found.items()}
     for name, call in variants.items():
         try:
+            given = op_variants.given(case, name, tensors)
             if call is not None:
-                actual = _results(case, call, tensors, grad)
+                actual = _results(case, call, given, grads)
                 found[name] |= _verdict(actual, eager, truth)
                 del actual
                 if not found[name]["ok"]:
                     found[name]["reason"] = "wrong: further from float64 than twice eager"
                     continue
-            make = _maker(case, call, tensors, grad, device, dtype)
+            make = _maker(case, call, given, grads, device, dtype)
             # On a processor tensors are counted as operators return them, which compiled code does not show.
             if call is not None and (device.type == "cuda" or name not in op_variants.MODES):
                 found[name]["peak_bytes"] = peak_bytes(make(), device)
@@ -94,30 +95,32 @@ def measure_case(
     return found
 
 
-def prepare(case: OpCase, device: torch.device, call: Function | None) -> tuple[Callable[[], Any], dict[str, Any]]:
+def prepare(case: AnyCase, device: torch.device, name: str, call: Function | None) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Return one variant ready to be timed elsewhere, and its check: ``ok`` (``None`` for products), ``error``, ``budget``."""
-    tensors, grad, truth, eager = _reference(case, device, getattr(torch, case.dtype))
+    tensors, grads, truth, eager = _reference(case, device, getattr(torch, case.dtype))
+    tensors = op_variants.given(case, name, tensors)
     verdict: dict[str, Any] = {"ok": None, "error": None, "budget": None}
     if call is not None:
-        verdict = _verdict(_results(case, call, tensors, grad), eager, truth)
-    return _maker(case, call, tensors, grad, device, getattr(torch, case.dtype))(), verdict
+        verdict = _verdict(_results(case, call, tensors, grads), eager, truth)
+    return _maker(case, call, tensors, grads, device, getattr(torch, case.dtype))(), verdict
 
 
-def compile_once(case: OpCase, device: torch.device, wanted: Sequence[str]) -> None:
+def compile_once(case: AnyCase, device: torch.device, wanted: Sequence[str]) -> None:
     """Run once, on zeros, what compiles among the variants ``wanted``, just as measuring does: its caches then know it."""
     dtype = getattr(torch, case.dtype)
     shapes = _inputs(case, torch.device("meta"), dtype)
-    grad = torch.zeros(op_variants.function(case, EAGER)(shapes).shape, dtype=dtype, device=device)
+    grads = [torch.zeros(y.shape, dtype=dtype, device=device) for y in _eager(case, shapes)]
     zeros = {name: torch.zeros_like(t, device=device).requires_grad_(t.requires_grad) for name, t in shapes.items()}
     compiling = [name for name in wanted if name in (COMPILE, *op_variants.OURS)]
-    for call in contenders(case, device, compiling).values():
+    for name, call in contenders(case, device, compiling).items():
         if call is not None:
-            _results(case, call, zeros, grad)
-            _maker(case, call, zeros, grad, device, dtype)()()
+            given = op_variants.given(case, name, zeros)
+            _results(case, call, given, grads)
+            _maker(case, call, given, grads, device, dtype)()()
     _free(device)
 
 
-def names(case: OpCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False) -> list[str]:
+def names(case: AnyCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False) -> list[str]:
     """Return the variants that can run, or those of them in ``wanted``; without it max-autotune only where asked for."""
     chosen = [name for name in op_variants.VARIANTS if wanted is None or name in wanted]
     if not autotune and wanted is None:
@@ -126,7 +129,7 @@ def names(case: OpCase, device: torch.device, wanted: Sequence[str] | None = Non
 
 
 def contenders(
-    case: OpCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False
+    case: AnyCase, device: torch.device, wanted: Sequence[str] | None = None, *, autotune: bool = False
 ) -> dict[str, Function | None]:
     """Return the functions of those variants, freshly to be compiled; ``None`` for the bare products."""
     torch._dynamo.reset()
@@ -136,7 +139,7 @@ def contenders(
     return {name: None if name == PRODUCTS else op_variants.function(case, name) for name in able}
 
 
-def _goal(case: OpCase, device: torch.device) -> dict[str, Any] | None:
+def _goal(case: AnyCase, device: torch.device) -> dict[str, Any] | None:
     """The goals were set for one GPU."""
     return case.goal if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device) else None
 
@@ -147,32 +150,41 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _inputs(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _inputs(case: AnyCase, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = case.case.inputs(dtype, device)
     wants = case.direction != "forward"
     return {name: tensor.requires_grad_(wants and name not in case.frozen) for name, tensor in tensors.items()}
 
 
-def _reference(case: OpCase, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return inputs, output gradient, and what float64 and eager make of them."""
+def _reference(case: AnyCase, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return inputs, output gradients, and what float64 and eager make of them."""
     tensors = _inputs(case, device, dtype)
+    given = op_variants.given(case, EAGER, tensors)
     plain = op_variants.function(case, EAGER)
     with torch.no_grad():
-        shape = plain(tensors).shape
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    exact = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
-    truth = _results(case, plain, exact, grad.double())
-    return tensors, grad, truth, _results(case, plain, tensors, grad)
+        shapes = [y.shape for y in op_variants.outputs(plain(given))]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    exact = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in given.items()}
+    truth = _results(case, plain, exact, [grad.double() for grad in grads])
+    return tensors, grads, truth, _results(case, plain, given, grads)
 
 
-def _results(case: OpCase, call: Function, tensors: dict[str, torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
-    """Return the output, and behind it the gradients where the case has a backward pass."""
+def _eager(case: AnyCase, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return op_variants.outputs(op_variants.function(case, EAGER)(op_variants.given(case, EAGER, tensors)))
+
+
+def _results(
+    case: AnyCase, call: Function, tensors: dict[str, torch.Tensor], grads: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the outputs, and behind them the gradients where the case has a backward pass."""
     if case.direction == "forward":
         with torch.no_grad():
-            return [call(tensors)]
-    y = call(tensors)
-    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+            return list(op_variants.outputs(call(tensors)))
+    ys = op_variants.outputs(call(tensors))
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    found = torch.autograd.grad(ys, list(leaves.values()), grads)
+    return [*(y.detach() for y in ys), *case.apart(dict(zip(leaves, found, strict=True))).values()]
 
 
 def _verdict(actual: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -184,10 +196,10 @@ def _verdict(actual: Sequence[torch.Tensor], eager: Sequence[torch.Tensor], trut
 
 
 def _maker(
-    case: OpCase,
+    case: AnyCase,
     call: Function | None,
     tensors: dict[str, torch.Tensor],
-    grad: torch.Tensor,
+    grads: Sequence[torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Callable[[], Callable[[], Any]]:
@@ -198,19 +210,19 @@ def _maker(
     def make() -> Callable[[], Any]:
         # Leaves of its own: those that autograd has seen on one stream it would wait for on another.
         leaves = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
-        return op_variants.run(case, call, leaves, grad)
+        return op_variants.run(case, call, leaves, grads)
 
     return make
 
 
-def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
+def _costs(case: AnyCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
     """Count on the meta device what the operator computes, and what a variant that shows its passes moves."""
     implementation = {EAGER: "reference", "composite": "composite", "triton": "triton"}.get(variant)
     flops = sum(2 * m * n * k for m, n, k, _ in op_variants.product_shapes(case))
     known = {"flops": flops, "least_bytes": least_bytes(case, dtype)}
     if implementation is None:
         return known
-    tensors = _inputs(case, torch.device("meta"), dtype)
+    tensors = op_variants.given(case, variant, _inputs(case, torch.device("meta"), dtype))
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     plain = op_variants.function(case, EAGER)
     try:
@@ -219,24 +231,29 @@ def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
             torch.set_grad_enabled(case.direction != "forward"),
             Traffic(None if variant == EAGER else implementation) as forward,
         ):
-            y = plain(tensors) if variant == EAGER else case.case(tensors, None)
-        grad = torch.empty_like(y)
+            ys = op_variants.outputs(plain(tensors) if variant == EAGER else _ours(case, tensors))
+        grads = [torch.empty_like(y) for y in ys]
         with Traffic(None if variant == EAGER else implementation) as backward:
             if case.direction != "forward":
-                torch.autograd.grad(y, leaves, grad)
+                torch.autograd.grad(ys, leaves, grads)
     except ImportError:  # no Triton, whose launchers count
         return known
     counts = {"forward": [forward], "backward": [backward], "both": [forward, backward]}[case.direction]
     return {**known, "bytes": sum(count.read + count.written for count in counts)}
 
 
-def least_bytes(case: OpCase, dtype: torch.dtype) -> int:
+def _ours(case: AnyCase, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(testing.by_name(case.case(tensors, None)).values())
+
+
+def least_bytes(case: AnyCase, dtype: torch.dtype) -> int:
     """Return the bytes that any implementation moves: every input read once, every result written once."""
     tensors = _inputs(case, torch.device("meta"), dtype)
-    y = case.case(tensors, None)
+    results = sum(y.nbytes for y in _ours(case, tensors))
     inputs = sum(tensor.nbytes for tensor in tensors.values())
-    gradients = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
-    forward, backward = inputs + y.nbytes, inputs + y.nbytes + gradients
+    own = {name: tensor for name, tensor in tensors.items() if name not in case.shared}
+    gradients = sum(tensor.nbytes for tensor in own.values() if tensor.requires_grad)
+    forward, backward = inputs + results, sum(tensor.nbytes for tensor in own.values()) + results + gradients
     return {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
 
 

@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from laco_kernels.bench import op_cases, operators
+from laco_kernels.bench import op_cases, operators, tower_cases
 from laco_kernels.bench.campaign import Unit
 from laco_kernels.bench.op_variants import AUTOTUNE
 from laco_kernels.bench.vec_units import vec_units
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from laco_kernels.bench.campaign import Measured
-    from laco_kernels.bench.op_cases import OpCase
+    from laco_kernels.bench.tower_cases import AnyCase
 
 
 def op_unit(
-    case: OpCase,
+    case: AnyCase,
     device: torch.device,
     *,
     variants: Sequence[str] | None = None,
@@ -38,7 +38,7 @@ def op_unit(
         values = operators.measure_case(case, device, rivals, ceilings=limits, rounds=rounds, seconds=seconds)
         return [(case.facts, name, found) for name, found in values.items()]
 
-    suite = "tiny" if case.encoder.startswith("tiny-") else "sweep" if case.sweep else "ops"
+    suite = "tiny" if case.encoder.startswith("tiny-") else case.suite
     kind = "max-autotune" if AUTOTUNE in able else "ops"
     name = f"{case} with max-autotune" if AUTOTUNE in able else str(case)
     # Autotuning times what it compiles, so it must run alone.
@@ -58,22 +58,27 @@ def plan(
 ) -> list[Unit]:
     """Return every unit, the most telling first.
 
-    Operators with a goal, encoders, the merge as it runs inside these, the shapes of the goals in other directions, sweeps, the
-    other operators; the goals again with max-autotune last, for they take longest.
+    Operators with a goal, encoders, the other operators and the merge as they run inside these, the shapes of the goals in
+    other directions, sweeps, the other shapes; last what takes longest, compiled encoders and the goals with max-autotune.
     """
     options: dict[str, Any] = {"limits": limits, "rounds": rounds, "seconds": seconds}
-    ops, inside, sweeps = op_cases.op_cases(dtype), op_cases.encoder_cases(dtype), op_cases.sweep_cases(dtype)
+    ops: Sequence[AnyCase] = op_cases.op_cases(dtype)
+    inside: Sequence[AnyCase] = op_cases.encoder_cases(dtype)
+    sweeps: Sequence[AnyCase] = op_cases.sweep_cases(dtype)
+    tower: Sequence[AnyCase] = tower_cases.tower_cases(dtype)
     if small:
         ops, inside, sweeps = op_cases.tiny(ops)[:3], op_cases.tiny(inside)[:1], op_cases.tiny(sweeps)[:2]
+        tower = op_cases.tiny(tower)[:2]
     goals = [case for case in ops if case.goal is not None]
     shapes = {replace(case, direction="forward") for case in goals}
     akin = [case for case in ops if case not in goals and replace(case, direction="forward") in shapes]
     rest = [case for case in ops if case not in (*goals, *inside, *akin)]
 
-    def units(cases: Sequence[OpCase], autotune: bool = autotune) -> list[Unit]:
+    def units(cases: Sequence[AnyCase], autotune: bool = autotune) -> list[Unit]:
         return [op_unit(case, device, autotune=autotune, **options) for case in cases]
 
     encoders = vec_units(device, dtype, small=small, rounds=rounds, seconds=8 * seconds)
     again = [] if autotune or small else units(goals, autotune=True)
     compiled = [] if small else vec_units(device, dtype, small=False, rounds=rounds, seconds=8 * seconds, compiled=True)
-    return [*units(goals), *encoders, *units(inside), *units(akin), *units(sweeps, False), *units(rest), *compiled, *again]
+    first = [*units(goals), *encoders, *units(tower), *units(inside), *units(akin)]
+    return [*first, *units(sweeps, False), *units(rest), *compiled, *again]

@@ -1,9 +1,10 @@
 """``laco tune``: the selection table, made from measured rows.
 
-A bucket is one operator, direction, layout and dtype up to a number of output tokens. In it an implementation is chosen only
-where it is at least 3 % faster than every simpler one over the bucket's cases (geometric mean, graphs replayed), and in no
-case, whatever its width, slower than the best eager row: neither by the paired ratio nor by a time, warm or cold. Every case
-must have passed its check; its rows must come from one run of at least ten rounds, at a commit without changes.
+A bucket is one operator, direction, form (layout, kind of norm, activation) and dtype up to a number of output tokens. In it an
+implementation is chosen only where it is at least 3 % faster than every simpler one over the bucket's cases (geometric mean,
+graphs replayed), and in no case, whatever its width, slower than the best eager row: neither by the paired ratio nor by a time,
+warm or cold. Every case must have passed its check; its rows must come from one run of at least ten rounds, at a commit without
+changes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from laco_kernels.bench.gpu_timing import COLD, GRAPH, ROUNDS
 from laco_kernels.bench.op_variants import CONVOLUTION, EAGER, OURS
 from laco_kernels.geometry import Windows
+from laco_kernels.kernels import select
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 LEAD = 1.03
 REFERENCE = "reference"
-PARTS = ("op", "direction", "layout", "dtype")  # of what a bucket is for
+SUITES = ("ops", "sweep", "tower")
+PARTS = ("op", "direction", *select.FORMS.values(), "dtype")  # of what a bucket is for
 Times = dict[str, dict[str, float]]  # microseconds by variant and kind of time, of those that passed
 
 
@@ -33,7 +36,7 @@ def table(devices: Iterable[Results]) -> dict[str, Any]:
     """Return the selection table of all GPUs among ``devices``, as ``winners.json`` has it."""
     found: dict[str, Any] = {}
     for results in devices:
-        rows = [row for row in results.latest() if row.suite in ("ops", "sweep")]
+        rows = [row for row in results.latest() if row.suite in SUITES]
         by_name: dict[str, list[Row]] = {}
         for row in rows:
             block = results.environments[row.environment]
@@ -53,7 +56,7 @@ def winners(rows: Sequence[Row]) -> list[dict[str, Any]]:
         case, name = row.case, json.dumps(row.case, sort_keys=True)
         if case["direction"] == "both" or str(row.commit).endswith("*"):
             continue
-        key = (case["op"], case["direction"], case.get("layout", ""), case["dtype"], output_tokens(case))
+        key = (case["op"], case["direction"], select.form_of(case) or "", case["dtype"], output_tokens(case))
         times = cases.setdefault(key, {}).setdefault(name, {})
         if runs.setdefault(name, row.environment) != row.environment or not row.values["ok"]:
             continue
@@ -64,8 +67,8 @@ def winners(rows: Sequence[Row]) -> list[dict[str, Any]]:
             times[row.variant] = {kind: spreads[kind]["median"] for kind in (GRAPH, COLD) if kind in spreads}
     buckets = [(key[:4], key[4], best(list(cases[key].values()))) for key in sorted(cases)]
     merged: list[dict[str, Any]] = []
-    for ((op, direction, layout, dtype), impl), group in groupby(buckets, key=lambda bucket: (bucket[0], bucket[2])):
-        what = {"op": op, "direction": direction, **({"layout": layout} if layout else {}), "dtype": dtype}
+    for ((op, direction, form, dtype), impl), group in groupby(buckets, key=lambda bucket: (bucket[0], bucket[2])):
+        what = {"op": op, "direction": direction, **({select.FORMS[op]: form} if form else {}), "dtype": dtype}
         merged.append({**what, "up_to": max(tokens for _, tokens, _ in group), "impl": impl})
     return merged
 
@@ -90,7 +93,9 @@ def _is_slower(times: Times, impl: str) -> bool:
 
 
 def output_tokens(case: dict[str, Any]) -> int:
-    """Return what the selection sizes a call by: the patch tokens coming out, over the batch."""
+    """Return what the selection sizes a call by: the patch tokens coming out, over the batch; inside an encoder all tokens."""
+    if "tokens" in case:
+        return int(case["batch"] * case["tokens"])
     windows = Windows(case["grid"], 2, 0, pad=True)
     tokens = windows.num_patches if case["op"] == "multi_block_linear_gelu" else windows.num_windows
     return int(case["batch"]) * tokens

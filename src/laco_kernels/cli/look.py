@@ -47,7 +47,7 @@ def env(as_json: Json = False) -> None:
 
 @app.command()
 def check(
-    op: Annotated[str | None, typer.Option(help="patch_merge, strided_conv_gelu or multi_block_linear_gelu.")] = None,
+    op: Annotated[str | None, typer.Option(help="One operator, such as patch_merge or add_norm; default: all.")] = None,
     impl: Annotated[str | None, typer.Option(help="composite, triton or cuda; default: all that can run.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: all three.")] = None,
     device: Device = None,
@@ -59,22 +59,25 @@ def check(
     kernels in the interpreter. On a GPU the verdict is kept for the automatic choice.
     """
     with usage_errors():
-        from laco_kernels import testing
+        from laco_kernels import testing, testing_tower
         from laco_kernels.kernels import select
 
         place = parse_device(device)
         dtypes = [parse_dtype(dtype, device)] if dtype is not None else list(DTYPES.values())
-        for name, value, known in (("op", op, select.OPERATORS), ("impl", impl, select.IMPLEMENTATIONS)):
+        operators = (*select.OPERATORS, *select.TOWER_OPERATORS)
+        named = select.IMPLEMENTATIONS if op not in operators else select.implementations(op)
+        for name, value, known in (("op", op, operators), ("impl", impl, named)):
             if value is not None and value not in known:
                 raise ValueError(complaint(name, repr(value), f"one of {', '.join(known)}", f"Drop --{name} to check all"))
         if impl is not None:
             reasons = [reason for precision in dtypes if (reason := select.unavailable(impl, place, precision))]
             if len(reasons) == len(dtypes):
                 raise RuntimeError(complaint("impl", repr(impl), f"one that can run, but {reasons[0]}", "Drop --impl"))
-    impls = [impl] if impl is not None else [name for name in select.IMPLEMENTATIONS if name != "reference"]
-    cases = [case for case in testing.CASES if op in (None, case.op)]
+    impls = [impl] if impl is not None else [name for name in named if name != "reference"]
+    every: list[testing.Case | testing_tower.TowerCase] = [*testing.CASES, *testing_tower.CASES]
     if place.type == "cuda":
-        cases += [case for case in testing.LARGE_CASES if op in (None, case.op)]
+        every += [*testing.LARGE_CASES, *testing_tower.LARGE_CASES]
+    cases = [case for case in every if op in (None, case.op) and impl in (None, *select.implementations(case.op))]
     rows: list[testing.Row] = []
     with progress_bar() as step:
         for i, case in enumerate(cases):

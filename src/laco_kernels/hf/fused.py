@@ -39,12 +39,17 @@ class Fused(nn.Module):
     impl: str | None
 
 
-def implementation(module: Fused, op: str, x: torch.Tensor) -> str | None:
-    """Return the implementation that a fused ``module`` calls ``op`` with on ``x``, or ``None`` for the stock code."""
+def implementation(module: Fused, op: str, x: torch.Tensor, form: str | None = None) -> str | None:
+    """Return the implementation that a fused ``module`` calls ``op`` with on ``x``, or ``None`` for the stock code.
+
+    Where there may be a backward pass it must have been measured faster than the stock one, too.
+    """
     if module.impl is not None:
         return module.impl
-    chosen = select.choose(op, "forward", x.device, autocast_dtype(x), x.numel() // max(x.shape[-1], 1)).impl
-    return None if chosen == "reference" else chosen
+    ways = ("forward", "backward") if torch.is_grad_enabled() else ("forward",)
+    size = autocast_dtype(x), x.numel() // max(x.shape[-1], 1)
+    chosen = [select.choose(op, way, x.device, *size, form).impl for way in ways]
+    return None if "reference" in chosen else chosen[0]
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -67,7 +72,7 @@ class FusedRMSNorm(Fused):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise ``[..., C]``."""
         lowered = torch.is_autocast_enabled(hidden_states.device.type) and not self.feeds_a_product
-        impl = None if lowered else implementation(self, "add_norm", hidden_states)
+        impl = None if lowered else implementation(self, "add_norm", hidden_states, "rms")
         if impl is None:
             return super().forward(hidden_states)
         eps = self.variance_epsilon
@@ -167,7 +172,7 @@ class FusedQuickGELU(Fused, QuickGELUActivation):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply it to ``[..., F]``."""
-        impl = implementation(self, "activate", x)
+        impl = implementation(self, "activate", x, "quick_gelu")
         return super().forward(x) if impl is None else activate(x, activation="quick_gelu", impl=impl)
 
 
@@ -230,19 +235,20 @@ class FusedLayer(Fused):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the layer on ``[B, tokens, C]``."""
         norm1, norm2 = (getattr(self, name) for name in self.norms)
-        impl = implementation(self, "add_norm", hidden_states)
+        is_layer = isinstance(norm2, nn.LayerNorm)
+        kind = "layer" if is_layer else "rms"
+        impl = implementation(self, "add_norm", hidden_states, kind)
         if impl is None or not is_plain(norm2, nn.LayerNorm, *RMS_NORMS):
             return super().forward(hidden_states, *args, **kwargs)
         attended = getattr(self, self.attention_name)(norm1(hidden_states), *args, **kwargs)[0]
         scale1, scale2 = (None, None) if self.scales is None else (getattr(self, name) for name in self.scales)
-        is_layer = isinstance(norm2, nn.LayerNorm)
         total, normed = add_norm(
             hidden_states,
             attended,
             norm2.weight,
             norm2.bias if is_layer else None,
             scale=scale1,
-            kind="layer" if is_layer else "rms",
+            kind=kind,
             eps=norm2.eps if is_layer else norm2.variance_epsilon,
             impl=impl,
         )

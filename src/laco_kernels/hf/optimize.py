@@ -259,11 +259,12 @@ def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
         side // patch for side, patch in zip(*map(_pair, (encoder.config.image_size, encoder.config.patch_size)), strict=True)
     ]
     tokens = math.prod(patches)
+    norm = "rms" if any(issubclass(kind, fused.FusedRMSNorm) for kind in kinds) else "layer"
 
-    def reason(op: str) -> str | None:
+    def reason(op: str, form: str | None = None) -> str | None:
         if settings.impl is not None:
             return None
-        choice = select.choose(op, "forward", encoder.device, encoder.dtype, tokens)
+        choice = select.choose(op, "forward", encoder.device, encoder.dtype, tokens, form)
         return choice.reason if choice.impl == "reference" else None
 
     def add(name: str, family: type[nn.Module] | tuple[type[nn.Module], ...], inactive: str | None) -> None:
@@ -271,11 +272,11 @@ def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
         if count:
             parts.append(Part(name, count, inactive))
 
-    add("residual sum, LayerScale and norm in one pass", fused.FusedLayer, reason("add_norm"))
-    add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm"))
+    add("residual sum, LayerScale and norm in one pass", fused.FusedLayer, reason("add_norm", norm))
+    add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm", "rms"))
     add("linear layers that share a product", fused.PackedLinear, no_gpu)
     add("SwiGLU in one product and one pass", fused.FusedAimv2MLP, no_gpu or reason("gated_silu"))
-    add("quick GELU in one pass", fused.FusedQuickGELU, reason("activate"))
+    add("quick GELU in one pass", fused.FusedQuickGELU, reason("activate", "quick_gelu"))
     add("tanh-GELU inside the product before it, in inference", fused.FusedSiglipMLP, on_cpu)
     add("patch embedding as one product", fused.PatchProduct, no_gpu)
     if settings.compile:

@@ -4,7 +4,8 @@ An explicit ``impl=`` never falls back. The automatic choice is made by this rul
 
 1. ``LACO_IMPL`` in the environment, for debugging, is an explicit choice for every call that makes none.
 2. The shipped table (``winners.json``, written by measurement) has rows for this device's name: the winner of the row for
-   this operator, direction (forward or backward), layout of the tokens, dtype and number of output tokens.
+   this operator, direction (forward or backward), form (the layout of the tokens, the kind of norm, the activation), dtype
+   and number of output tokens.
 3. It has rows for other devices, and ``laco check`` passed here (its verdict lies in the user's cache folder): the winner on
    the device of the nearest architecture.
 4. Else the reference. A kernel that was never verified on this GPU or its like is never chosen by itself.
@@ -40,6 +41,8 @@ TOWER_MODULES = {
     "triton": "laco_kernels.kernels.tower",
 }
 TOWER_OPERATORS = ("add_norm", "gated_silu", "activate")
+# The argument by whose value an operator is measured and chosen apart: its form.
+FORMS = {"patch_merge": "layout", "add_norm": "kind", "activate": "activation"}
 AUTO = "auto"
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here, for a compiler cannot trace it
 TABLE = Path(__file__).with_name("winners.json")
@@ -55,6 +58,11 @@ class Choice(NamedTuple):
 def modules(op: str) -> dict[str, str]:
     """Return by name the modules that implement ``op``."""
     return TOWER_MODULES if op in TOWER_OPERATORS else MODULES
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """Return the names that ``impl=`` may have for ``op``."""
+    return tuple(TOWER_MODULES) if op in TOWER_OPERATORS else IMPLEMENTATIONS
 
 
 def interpreted() -> bool:
@@ -99,7 +107,7 @@ def check(impl: str | None, device: torch.device, dtype: torch.dtype, op: str = 
         name = "LACO_IMPL"
         if impl is None:
             return AUTO
-    known = TOWER_MODULES if op in TOWER_OPERATORS else IMPLEMENTATIONS
+    known = implementations(op)
     if impl not in known:
         expected = f"None or one of {', '.join(map(repr, known))}" + (f" for {op}" if op in TOWER_OPERATORS else "")
         raise ValueError(complaint(name, repr(impl), expected, "Leave it out for the automatic choice"))
@@ -108,20 +116,20 @@ def check(impl: str | None, device: torch.device, dtype: torch.dtype, op: str = 
     return impl
 
 
-def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, layout: str | None = None) -> ModuleType:
+def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, form: str | None = None) -> ModuleType:
     """Return the module that runs ``op`` on ``rows`` output tokens on the device and in the dtype of ``like``.
 
-    ``direction`` is ``"forward"`` or ``"backward"``, ``layout`` that of the tokens where ``op`` knows several. Triton is
-    imported here and not before.
+    ``direction`` is ``"forward"`` or ``"backward"``, ``form`` the value of the argument that :data:`FORMS` names for ``op``.
+    Triton is imported here and not before.
     """
     if impl == AUTO:
-        impl = choose(op, direction, like.device, like.dtype, rows, layout).impl
+        impl = choose(op, direction, like.device, like.dtype, rows, form).impl
     return importlib.import_module(modules(op)[impl])
 
 
-def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, layout: str | None = None) -> Choice:
+def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, form: str | None = None) -> Choice:
     """Make the automatic choice for one direction, and say why."""
-    key = (op, direction, device, dtype, layout)
+    key = (op, direction, device, dtype, form)
     if key not in _CHOICES:
         _CHOICES[key] = _buckets(*key)
     buckets, beyond = _CHOICES[key]
@@ -133,7 +141,7 @@ _CHOICES: dict[tuple[Any, ...], tuple[tuple[tuple[int, Choice], ...], Choice]] =
 
 
 def _buckets(
-    op: str, direction: str, device: torch.device, dtype: torch.dtype, layout: str | None
+    op: str, direction: str, device: torch.device, dtype: torch.dtype, form: str | None
 ) -> tuple[tuple[tuple[int, Choice], ...], Choice]:
     """Return the choices by the output tokens that they go up to, growing, and the one beyond them."""
 
@@ -153,27 +161,33 @@ def _buckets(
         here = float(".".join(map(str, torch.cuda.get_device_capability(device))))
         source = min(table, key=lambda other: abs(float(table[other]["capability"]) - here))
     buckets = []
-    for row in rows_of(table[source], op, direction, layout, str(dtype).removeprefix("torch.")):
+    for row in rows_of(table[source], op, direction, form, str(dtype).removeprefix("torch.")):
         reason = unavailable(row["impl"], device, dtype)
         fastest = Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
         buckets.append((row["up_to"], fastest if reason is None else Choice("reference", reason)))
-    what = " ".join(filter(None, [op, direction, layout and f"in {layout} order"]))
+    what = " ".join(filter(None, [op, direction, form and f"with {FORMS[op]}={form!r}"]))
     beyond = f" above {buckets[-1][0]} output tokens" if buckets else ""
     return tuple(buckets), Choice("reference", f"not measured on {source} for {what} in {dtype}{beyond}")
 
 
-def rows_of(entry: dict[str, Any], op: str, direction: str, layout: str | None, dtype: str) -> list[dict[str, Any]]:
+def rows_of(entry: dict[str, Any], op: str, direction: str, form: str | None, dtype: str) -> list[dict[str, Any]]:
     """Return the rows that one device's entry in the table has for such calls, by growing number of tokens."""
-    wanted = (op, direction, layout, dtype)
-    mine = [row for row in entry["rows"] if (row["op"], row["direction"], row.get("layout"), row["dtype"]) == wanted]
+    wanted = (op, direction, form, dtype)
+    mine = [row for row in entry["rows"] if (row["op"], row["direction"], form_of(row), row["dtype"]) == wanted]
     return sorted(mine, key=lambda row: int(row["up_to"]))
+
+
+def form_of(facts: dict[str, Any]) -> str | None:
+    """Return the form that a row of the table, or a measured case, is of; ``None`` where its operator knows one only."""
+    form = facts.get(FORMS.get(facts["op"], ""))
+    return None if form is None else str(form)
 
 
 @functools.cache
 def winners() -> dict[str, Any]:
     """Return the shipped table: by device name its ``capability`` and ``rows``.
 
-    A row has op, direction, dtype, up_to, impl, and the layout where its operator knows several.
+    A row has op, direction, dtype, up_to, impl, and under the name in :data:`FORMS` the form.
     """
     table: dict[str, Any] = json.loads(TABLE.read_text())
     return table

@@ -66,8 +66,8 @@ def _check_pair(h: torch.Tensor) -> None:
         raise ValueError(complaint("h", f"{h.shape[-1]} channels", "an even number, gate and up side by side", remedy))
 
 
-def _module(impl: str, op: str, direction: str, h: torch.Tensor) -> Any:
-    return select.load(impl, op, direction, h, h.numel() // h.shape[-1])
+def _module(impl: str, op: str, direction: str, h: torch.Tensor, form: str | None = None) -> Any:
+    return select.load(impl, op, direction, h, h.numel() // h.shape[-1], form)
 
 
 def _gated_silu(h: torch.Tensor, impl: str) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _gated_silu_backward(grad: torch.Tensor, h: torch.Tensor, impl: str) -> torc
 
 
 def _activate(h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
-    return _module(impl, "activate", "forward", h).activate_forward(h, activation=activation).contiguous()
+    return _module(impl, "activate", "forward", h, activation).activate_forward(h, activation=activation).contiguous()
 
 
 def _activate_fake(h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
@@ -94,7 +94,7 @@ def _activate_fake(h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
 
 
 def _activate_backward(grad: torch.Tensor, h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
-    return _module(impl, "activate", "backward", h).activate_backward(grad, h, activation=activation).contiguous()
+    return _module(impl, "activate", "backward", h, activation).activate_backward(grad, h, activation=activation).contiguous()
 
 
 def _backward_fake(grad: torch.Tensor, h: torch.Tensor, *_: Any) -> torch.Tensor:

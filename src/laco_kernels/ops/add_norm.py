@@ -112,7 +112,7 @@ SETTINGS = "ScalarType dtype, str kind, float eps, str impl"
 def _forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     *tensors, dtype, kind, eps, impl, save = inputs
     x = tensors[0]
-    module = select.load(impl, "add_norm", "forward", x, x.numel() // x.shape[-1])
+    module = select.load(impl, "add_norm", "forward", x, x.numel() // x.shape[-1], kind)
     total, normed, *statistics = module.add_norm_forward(*tensors, kind=kind, eps=eps, dtype=dtype, save=save)
     return library.present((total, normed, *(statistics if save else (None, None))), x)
 
@@ -128,9 +128,9 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    *tensors, _, _, _, impl, needs = inputs
+    *tensors, _, kind, _, impl, needs = inputs
     total = tensors[2]
-    module = select.load(impl, "add_norm", "backward", total, total.numel() // total.shape[-1])
+    module = select.load(impl, "add_norm", "backward", total, total.numel() // total.shape[-1], kind)
     return library.present(module.add_norm_backward(*tensors, needs), total)
 
 

@@ -69,6 +69,7 @@ def readme_section(folders: Sequence[Path]) -> str:
                 if not any(line.heading == vec.NO_ROWS for line in table.lines)
             ],
             "overview": views.overview(device).without(*views.BESIDE_SPEED),
+            "inside": views.overview(device, "tower").without(*views.BESIDE_SPEED),
             "losing": sections.where_we_lose(device, brief=True),
         }
         for device in devices

@@ -26,7 +26,7 @@ def implementations(device: Device, case: dict[str, Any]) -> tuple[str, ...]:
         return ("eager",)
     names = []
     for way in ("forward", "backward") if direction == "both" else (direction,):
-        rows = select.rows_of(entry, op, way, case.get("layout"), dtype)
+        rows = select.rows_of(entry, op, way, select.form_of(case), dtype)
         impl = next((row["impl"] for row in rows if tokens <= row["up_to"]), "reference")
         names.append("eager" if impl == "reference" else str(impl))
     return tuple(dict.fromkeys(names))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from laco_kernels.bench.results import Row
 
-OPS = ("ops", "sweep")
+OPS = ("ops", "tower", "sweep")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Part:
 
 def section(device: Device) -> dict[str, Any]:
     """Return everything that is said about one device."""
-    parts = [*_vec(device), _growth(device), *_operators(device), _memory(device), *where_we_lose(device)]
+    parts = [*_vec(device), _growth(device), *_operators(device), *_tower(device), _memory(device), *where_we_lose(device)]
     for part in parts:
         part.tables = [piece for table in part.tables for piece in table.split(LONG)]
     return {
@@ -112,6 +112,19 @@ def _operators(device: Device) -> list[Part]:
     return [part, *(Part(op, tables=_cases(device, group)) for op, group in groups.items())]
 
 
+def _tower(device: Device) -> list[Part]:
+    groups = views.operators(device, "tower")
+    if not groups:
+        return []
+    overview = views.overview(device, "tower")
+    part = Part("Inside the encoder", tables=[overview] if len(overview) else [])
+    part.text.append(
+        "Residual sum with norm, and activations, which stand between an encoder's matrix products: against what the layers of "
+        "transformers do there today, and against torch.compile of that. What memory bounds has a roofline of bytes alone."
+    )
+    return [part, *(Part(op, tables=_cases(device, group)) for op, group in groups.items())]
+
+
 def _cases(device: Device, group: Sequence[Case]) -> list[Table]:
     """One table of the cases of an operator where they are few, else one for each direction and precision."""
     tables = []
@@ -124,7 +137,7 @@ def _cases(device: Device, group: Sequence[Case]) -> list[Table]:
 
 def _memory(device: Device) -> Part:
     part = Part("Memory")
-    for op, group in views.operators(device).items():
+    for op, group in {**views.operators(device), **views.operators(device, "tower")}.items():
         table = views.memory(group)
         if len(table):
             table.title, table.closed = op, len(table) > LONG

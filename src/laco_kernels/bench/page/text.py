@@ -7,12 +7,14 @@ import re
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from laco_kernels.kernels import select
+
 if TYPE_CHECKING:
     from laco_kernels.bench.page.rows import Interval
 
 NOTHING = "-"
 MICROSECONDS = "\N{MICRO SIGN}s"
-OPERATORS = ("patch_merge", "strided_conv_gelu", "multi_block_linear_gelu")
+OPERATORS = (*select.OPERATORS, *select.TOWER_OPERATORS)
 DIRECTIONS = ("forward", "backward", "both")
 
 
@@ -97,16 +99,18 @@ def encoder(case: dict[str, Any]) -> str:
 
 
 def size(case: dict[str, Any]) -> str:
-    """How large a case is: ``24 x 24, hidden 4096, batch 16``."""
+    """How large a case is: ``24 x 24, hidden 4096, batch 16``, ``rms, x+delta, tokens 576, batch 16``."""
     grid = case.get("grid")
     parts = [" x ".join(map(str, grid))] if isinstance(grid, (list, tuple)) and grid else []
-    parts += [order_of_tokens(case)] if order_of_tokens(case) else []
-    return ", ".join(parts + [f"{name} {case[name]}" for name in ("hidden", "batch") if name in case])
+    parts += [str(part) for part in (form(case), case.get("terms")) if part]
+    return ", ".join(parts + [f"{name} {case[name]}" for name in ("hidden", "tokens", "batch") if name in case])
 
 
-def order_of_tokens(case: dict[str, Any]) -> str:
-    """``block order``; nothing in raster order, which is that of images."""
-    return "block order" if case.get("layout") == "block" else ""
+def form(case: dict[str, Any]) -> str:
+    """``block order``, ``rms``, ``quick_gelu``; nothing in raster order, which is that of images."""
+    if case.get("layout") == "block":
+        return "block order"
+    return str(case.get("kind") or case.get("activation") or "")
 
 
 def way(case: dict[str, Any]) -> str:
@@ -121,19 +125,32 @@ def shape(case: dict[str, Any]) -> str:
 
 def more(case: dict[str, Any]) -> str:
     """Whatever else a case says: ``576 tokens, channels 1024``."""
-    known = ("op", "encoder", "grid", "layout", "hidden", "batch", "direction", "dtype", "sweep")
+    known = {
+        "op",
+        "encoder",
+        "grid",
+        *select.FORMS.values(),
+        "terms",
+        "hidden",
+        "tokens",
+        "batch",
+        "direction",
+        "dtype",
+        "sweep",
+    }
     tokens = [plural(grid_tokens(case), "token")] if grid_tokens(case) else []
     return ", ".join(tokens + [f"{name} {value}" for name, value in case.items() if name not in known])
 
 
 def order(case: dict[str, Any]) -> tuple[Any, ...]:
-    """Sort cases by operator, direction, precision, encoder, layout, tokens, width and batch."""
+    """Sort cases by operator, direction, precision, encoder, form, tokens, width and batch."""
     direction = case.get("direction")
     place = DIRECTIONS.index(direction) if direction in DIRECTIONS else len(DIRECTIONS)
-    numbers = (grid_tokens(case), *(number(case.get(name)) or 0.0 for name in ("hidden", "batch")))
+    numbers = (grid_tokens(case), *(number(case.get(name)) or 0.0 for name in ("tokens", "hidden", "batch")))
     op, encoder_name, dtype = (str(case.get(name, "")) for name in ("op", "encoder", "dtype"))
     known = OPERATORS.index(op) if op in OPERATORS else len(OPERATORS)
-    return (known, op, place, dtype, encoder_name, case.get("layout") == "block", *numbers, fraction(case.get("depth")))
+    names = (encoder_name, form(case), str(case.get("terms", "")))
+    return (known, op, place, dtype, *names, *numbers, fraction(case.get("depth")))
 
 
 def slug(text: str) -> str:

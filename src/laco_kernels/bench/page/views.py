@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 BESIDE_SPEED = ("of roofline", "memory vs eager")
 
 
-def operators(device: Device) -> dict[str, list[Case]]:
-    """Return the cases of the suite "ops" by operator."""
+def operators(device: Device, suite: str = "ops") -> dict[str, list[Case]]:
+    """Return the cases of a suite by operator: ``"ops"``, or ``"tower"``, those inside an encoder."""
     found: dict[str, list[Case]] = {}
-    for case in cases(device.suite("ops")):
+    for case in cases(device.suite(suite)):
         found.setdefault(str(case.case.get("op", "unnamed operator")), []).append(case)
     return found
 
@@ -165,12 +165,12 @@ def memory(group: Sequence[Case]) -> Table:
     return table
 
 
-def overview(device: Device) -> Table:
-    """Two lines an operator, layout, direction and precision: the fastest of ours, and the default, over all their cases."""
+def overview(device: Device, suite: str = "ops") -> Table:
+    """Two lines an operator, form, direction and precision: the fastest of ours, and the default, over all their cases."""
     table = Table(("operator", "ours", "cases", "vs eager", "vs compile", *BESIDE_SPEED))
     groups: dict[tuple[str, ...], list[Case]] = {}
-    for case in cases(device.suite("ops")):
-        key = (str(case.case.get("op", "")), text.order_of_tokens(case.case), text.way(case.case))
+    for case in cases(device.suite(suite)):
+        key = (str(case.case.get("op", "")), text.form(case.case), text.way(case.case))
         groups.setdefault(key, []).append(case)
     for (op, *rest), group in groups.items():
         for who, choose in (("fastest", _fastest), ("default", default.row_of)):
