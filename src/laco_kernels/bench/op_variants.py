@@ -11,7 +11,7 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 
-from laco_kernels import reference
+from laco_kernels import reference, testing
 from laco_kernels.bench.op_cases import CONV, FUSION, MERGE
 from laco_kernels.kernels import select
 
@@ -37,7 +37,7 @@ def unavailable(variant: str, case: OpCase, device: torch.device) -> str | None:
         return None
     if select.interpreted():
         return "Triton's interpreter is there to check kernels, its time says nothing"
-    return select.unavailable(variant, device, getattr(torch, case.dtype))
+    return testing.refusal(case.case, variant, getattr(torch, case.dtype), device)
 
 
 def function(case: OpCase, variant: str) -> Function:

@@ -205,7 +205,7 @@ def _maker(
 
 def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
     """Count on the meta device what the operator computes, and what a variant that shows its passes moves."""
-    implementation = {EAGER: "reference", "composite": "composite", "triton": "triton"}.get(variant)
+    implementation = "reference" if variant == EAGER else variant if variant in op_variants.OURS else None
     flops = sum(2 * m * n * k for m, n, k, _ in op_variants.product_shapes(case))
     known = {"flops": flops, "least_bytes": least_bytes(case, dtype)}
     if implementation is None:
