@@ -1,5 +1,7 @@
 """The choice of an implementation: explicit, by environment, by table, by verdict."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -166,7 +168,9 @@ def test_the_environment_chooses_where_the_call_does_not(monkeypatch):
         merge()
     assert merge(impl="reference").shape == (1, 1, 16)
     monkeypatch.setenv("LACO_IMPL", "cuda")
-    with pytest.raises(RuntimeError, match="LACO_IMPL: got 'cuda', expected an implementation that can run, but this version"):
+    with pytest.raises(
+        RuntimeError, match="LACO_IMPL: got 'cuda', expected an implementation that can run, but the CUDA kernels"
+    ):
         merge()
 
 
@@ -187,3 +191,31 @@ def test_why_an_implementation_is_unavailable(monkeypatch):
     assert "no float64 on a GPU" in select.unavailable("triton", CUDA, torch.float64)
     monkeypatch.setattr(select.importlib.util, "find_spec", lambda _: None)
     assert "Triton is not installed" in select.unavailable("triton", CUDA, torch.float32)
+
+
+def test_why_the_cuda_kernels_are_unavailable(monkeypatch):
+    assert "compute capability 9.0 (Hopper: H100, H200, GH200), not cpu" in select.unavailable("cuda", CPU, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    assert "not 8.0" in select.unavailable("cuda", CUDA, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(select, "_EXTENSION", [None, None])
+    assert select.unavailable("cuda", CUDA, torch.bfloat16) is None
+    assert "in bfloat16, not float16" in select.unavailable("cuda", CUDA, torch.float16)
+
+    def load(error, problem=None):
+        def import_module(name):
+            if error is not None:
+                raise error
+            return SimpleNamespace(problem=lambda: problem)
+
+        select._EXTENSION.clear()
+        monkeypatch.setattr(select.importlib, "import_module", import_module)
+        return select.unavailable("cuda", CUDA, torch.bfloat16)
+
+    assert "the CUDA extension is not built; install with nvcc" in load(ModuleNotFoundError())
+    assert "the CUDA extension does not load: no libstdc++" in load(ImportError("no libstdc++"))
+    assert "cannot use this machine's driver: too old" in load(None, "too old")
+    with pytest.raises(RuntimeError, match=r"laco_kernels\._cuda: the CUDA extension cannot use"):
+        select.extension()
+    assert load(None) is None

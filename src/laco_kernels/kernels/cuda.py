@@ -1,8 +1,8 @@
 """``impl="cuda"``: forward passes as Hopper matrix products that do everything else on the way; ``csrc/`` has the kernel.
 
 bfloat16 on compute capability 9.0. The copy engine gathers windows, completes odd grids with zeros and drops prefix tokens;
-bias, GELU, saved pre-activation and residual are the product's epilogue. Only the forward pass is the fused kernel: the backward
-pass is that of the composite, cuBLAS products between fused passes.
+bias, GELU, saved pre-activation and residual are the product's epilogue. Only the forward pass is the fused kernel; the
+backward pass is that of the composite, cuBLAS products between fused passes.
 
 What the copy engine cannot address, or the kernel was not written for, is an :class:`~laco_kernels.errors.UnsupportedError`:
 an explicit ``impl="cuda"`` raises it, the automatic choice takes the composite instead.
