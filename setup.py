@@ -44,7 +44,7 @@ class BuildCuda(build_ext):
     def build_extension(self, extension):
         try:
             self.build(extension)
-        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             if BUILD == "1":
                 sys.exit(f"LACO_BUILD_CUDA: got '1', expected the CUDA extension to build. It did not: {error}.")
             say(f"the CUDA extension did not build: {error}. Installing without impl='cuda'")
@@ -57,7 +57,7 @@ class BuildCuda(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         gencode = f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}"
-        include = [f"-I{folder}" for folder in (pybind11.get_include(), *self.compiler.include_dirs, *self.include_dirs)]
+        include = [f"-I{folder}" for folder in dict.fromkeys([pybind11.get_include(), *self.include_dirs])]
 
         def compile_one(source):
             compiled = objects / f"{Path(source).name}.o"
@@ -74,7 +74,8 @@ def run(command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.stdout.strip() or done.returncode:
         say(f"{shlex.join(command)}\n{done.stdout}")
-    done.check_returncode()
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} exited with status {done.returncode}")
 
 
 BUILD = option("LACO_BUILD_CUDA", "auto", ("auto", "0", "1"))

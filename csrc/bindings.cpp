@@ -21,7 +21,7 @@ const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(ad
 const char* gemm(const std::vector<uintptr_t>& sources, int batch, int height, int width, int64_t stride_b, int64_t stride_t,
                  bool windows, int channels, uintptr_t weight, uintptr_t bias, int n, int activation, uintptr_t out,
                  int out_prefix, uintptr_t pre, uintptr_t residual, int64_t residual_stride_b, int64_t residual_stride_t,
-                 int residual_height, int residual_width, bool residual_block, uintptr_t stream) {
+                 int residual_height, int residual_width, bool residual_block, int device, uintptr_t stream) {
   GemmProblem q{};
   if (sources.empty() || sources.size() > std::size(q.sources)) return "there must be 1 to 8 sources";
   std::transform(sources.begin(), sources.end(), q.sources, pointer);
@@ -35,8 +35,9 @@ const char* gemm(const std::vector<uintptr_t>& sources, int batch, int height, i
   q.residual_block = residual_block;
   if (const char* error = laco::refusal(q)) return error;
   if (batch == 0 || n == 0) return nullptr;
-  int device = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
+  // This library has a CUDA runtime of its own, which need not know what device another one made current.
+  int multiprocessors = 0;
+  if (cudaSetDevice(device) != cudaSuccess ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
     return cudaGetErrorString(cudaGetLastError());
   }
@@ -77,7 +78,7 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("bias") = 0, py::arg("n"), py::arg("activation") = 0, py::arg("out"), py::arg("out_prefix") = 0,
              py::arg("pre") = 0, py::arg("residual") = 0, py::arg("residual_stride_b") = 0, py::arg("residual_stride_t") = 0,
              py::arg("residual_height") = 0, py::arg("residual_width") = 0,
-             py::arg("residual_block") = false, py::arg("stream") = 0);
+             py::arg("residual_block") = false, py::arg("device") = 0, py::arg("stream") = 0);
   module.def("problem", problem, "What keeps the CUDA runtime from this machine's GPUs, or None.");
   module.def(
       "choose_tile", [](int64_t m, int64_t n, int multiprocessors) { return laco::choose_tile(m, n, multiprocessors).name; },

@@ -28,10 +28,10 @@ def _kernel():
         yield
 
 
-def check(case, inputs=None):
-    """Hold output and, where the kernel runs, gradients to the promise."""
+def check(case, inputs=None, *, backward=HOPPER):
+    """Hold output and gradients to the promise; the latter, by the composite, cannot be interpreted in bfloat16."""
     inputs = case.inputs(BF16, DEVICE) if inputs is None else inputs
-    if HOPPER:
+    if backward:
         assert not [row for row in testing.check_case(case, "cuda", BF16, DEVICE, inputs) if not row.ok]
         return
     with torch.no_grad():
@@ -96,7 +96,7 @@ def check_anywhere(data, case):
         elif name.startswith("xs") and strides % 2:  # all blocks alike
             whole = inputs[name].new_full((*inputs[name].shape[:2], inputs[name].shape[2] + 8), float("nan"))
             inputs[name] = whole[..., :-8].copy_(inputs[name])
-    check(case, inputs)
+    check(case, inputs, backward=False)  # for each shape it would compile Triton kernels anew
 
 
 @given(st.data())

@@ -117,6 +117,18 @@ def test_a_table_need_not_be_sorted_and_old_gpus_are_refused(gpu, monkeypatch):
     assert choose() == ("reference", "the kernels need compute capability 8.0 (Ampere) or newer")
 
 
+def test_where_the_cuda_kernels_cannot_run_the_composite_does(gpu, monkeypatch):
+    gpu("H", {"H": {"capability": "9.0", "rows": [{**ROWS[0], "impl": "cuda"}]}})
+    monkeypatch.setattr(select, "_EXTENSION", [None, None])
+    assert choose(1) == ("cuda", "measured fastest on H up to 1000 output tokens")
+    monkeypatch.setattr(select, "_EXTENSION", [None, "the CUDA extension is not built"])
+    select._CHOICES.clear()
+    assert choose(1) == ("composite", "the CUDA extension is not built")
+    monkeypatch.setattr(select.importlib.util, "find_spec", lambda _: None)
+    select._CHOICES.clear()
+    assert choose(1).impl == "reference"
+
+
 def test_verdicts_of_several_checks_are_kept_and_a_damaged_file_is_none(gpu):
     gpu("H", {})
     select.record("H", "patch_merge", "torch.float16", ok=True)

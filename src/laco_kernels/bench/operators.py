@@ -15,6 +15,7 @@ from laco_kernels.bench.gpu_timing import COLD, GRAPH, WALL, Clock, rounds_of
 from laco_kernels.bench.memory import peak_bytes
 from laco_kernels.bench.op_variants import AUTOTUNE, COMPILE, CONVOLUTION, EAGER, PRODUCTS
 from laco_kernels.bench.timing import paired_ratio, spread
+from laco_kernels.errors import UnsupportedError
 from laco_kernels.ops.cost import Traffic
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def _costs(case: OpCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
         with Traffic(None if variant == EAGER else implementation) as backward:
             if case.direction != "forward":
                 torch.autograd.grad(y, leaves, grad)
-    except ImportError:  # no Triton, whose launchers count
+    except (ImportError, UnsupportedError):  # no Triton, whose launchers count, or nothing that would be launched
         return known
     counts = {"forward": [forward], "backward": [backward], "both": [forward, backward]}[case.direction]
     return {**known, "bytes": sum(count.read + count.written for count in counts)}

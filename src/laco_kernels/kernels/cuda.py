@@ -263,6 +263,6 @@ def _launch(device: torch.device, **problem: Any) -> None:
     # The kernel runs on the current device, whatever device its pointers are on.
     here = device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
-        error = select.extension().gemm(**problem, stream=torch.cuda.current_stream(device).cuda_stream)
+        error = select.extension().gemm(**problem, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream)
     if error is not None:
         raise RuntimeError(f"impl='cuda': the kernel was not launched: {error}")
