@@ -51,7 +51,7 @@ clean:
 	rm -rf $(VENV) .venv-oldest build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Written last, so that an interrupted installation is taken up again.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || { \
 	  echo "PYTHON: got '$(PYTHON)' ($$($(PYTHON) --version 2>&1)), expected Python 3.10 to 3.13." \
 	       "Pass another one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; exit 2; }
@@ -64,6 +64,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 # NumPy 2.4 refuses what that Triton's interpreter does.
 .venv-oldest/.ready: pyproject.toml setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint <(grep -v -e '^torch' -e '^triton' -e '^numpy' constraints.txt) \
+	LACO_BUILD_CUDA=0 $(@D)/bin/python -m pip install --quiet --constraint <(grep -v -e '^torch' -e '^triton' -e '^numpy' constraints.txt) \
 	  --editable . $(OLDEST) 'numpy<2.4' pytest pytest-xdist hypothesis
 	@touch $@

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ["tests/kernels/test_kernels.py", "tests/kernels/test_tower_kernels.py"]
+KERNELS = ["tests/kernels/test_kernels.py", "tests/kernels/test_cuda.py", "tests/kernels/test_tower_kernels.py"]
 # What is most telling first; random shapes last, for each compiles kernels of its own.
 TESTS = {
     "gpu": ["tests/gpu"],

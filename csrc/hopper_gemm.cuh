@@ -4,15 +4,14 @@
 // lies there and write the result. Blocks are persistent: while a tile is written, the ring already holds the next one.
 //
 //   full[slot]   completes when the slot's bytes have arrived: one arrival (the producer's, which announces the bytes)
-//   empty[slot]  completes when every warp that reads the slot is done, in all blocks of the cluster, as W is multicast
+//   empty[slot]  completes when every warp that reads the slot is done
 //
 // The n-th use of a slot waits for parity n % 2 of `full`, and the producer before it for parity (n + 1) % 2 of `empty`: a
-// fresh barrier counts as having completed phase 1, so that the first round does not wait.
+// fresh barrier counts as having completed phase 1, so that the first round does not wait. A parity cannot tell a phase from the
+// one two before it; every warp passes every slot in turn, so that nobody is that late.
 //
-// A parity cannot tell a phase from the one two before it: whoever waits must have seen the slot's last use complete. Consumers
-// that take turns skip each other's slots, so that each waits for the one before it to have seen all of its slots:
-//
-//   order[consumer]  completes when every warp of the consumer before it has
+// Tried on an H200 and slower on every shape of the papers: clusters of two blocks that share W by multicast (the best of them
+// took 1.4 to 1.8 times as long), and two consumers that take turns at tiles of their own (1.2 to 1.3 times).
 #pragma once
 
 #include <cuda.h>
@@ -21,12 +20,13 @@
 #include <cstdint>
 
 #include "gelu.cuh"
+#include "hopper_gemm.h"
 #include "ptx.cuh"
+#include "schedule.h"
 #include "wgmma.cuh"
 
 namespace laco {
 
-constexpr int MAX_SOURCES = 8;
 constexpr int BK = 64;  // channels a slot: 128 bytes, the width of the swizzle
 
 // How rows are found in an image: row q is the window whose first pixel is (q % out_width, q / out_width) * step.
@@ -39,7 +39,7 @@ struct Rows {
 
 struct GemmParams {
   CUtensorMap a[MAX_SOURCES];  // 64 channels x BM rows
-  CUtensorMap w;               // (channel, tap, n): 64 x 1 x BN / CLUSTER
+  CUtensorMap w;               // (channel, tap, n): 64 x 1 x BN
   CUtensorMap out, pre;        // 64 columns x 16 rows, stored by one warp
   CUtensorMap residual;        // 64 channels x BM rows
   const __nv_bfloat16* bias;   // [n] or null
@@ -53,25 +53,21 @@ struct GemmParams {
   int group;          // row tiles that take turns before the next column of tiles
 };
 
-// CONSUMERS warpgroups share a tile of BM x BN, or with PINGPONG each works on a tile of its own, one multiplying while the
-// other writes. CLUSTER blocks work on tiles one below the other and each loads its share of their common W.
-template <int BM_, int BN_, int STAGES_, int CLUSTER_, bool PINGPONG_ = false, int CONSUMERS_ = 2, int STORE_BUFFERS_ = 2>
+// CONSUMERS warpgroups share a tile of BM x BN: each multiplies 64 of its rows.
+template <int BN_, int STAGES_, int CONSUMERS_>
 struct Tile {
-  static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_, CLUSTER = CLUSTER_, CONSUMERS = CONSUMERS_;
-  static constexpr bool PINGPONG = PINGPONG_;
-  static constexpr int STORE_BUFFERS = STORE_BUFFERS_;
+  static constexpr int BM = 64 * CONSUMERS_, BN = BN_, STAGES = STAGES_, CONSUMERS = CONSUMERS_;
+  static constexpr int STORE_BUFFERS = 2;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
-  static constexpr int ROWS = PINGPONG ? BM : BM / CONSUMERS;  // of a consumer
-  static constexpr int BLOCKS_M = ROWS / 64;
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
   static constexpr int A_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2, SLOT_BYTES = A_BYTES + W_BYTES;
   static constexpr int PIECE_BYTES = 16 * 64 * 2;  // what a warp writes at a time: 16 rows of 64 columns
   static constexpr int STORE_BYTES = CONSUMERS * 4 * STORE_BUFFERS * PIECE_BYTES;
-  static constexpr int SHARED_BYTES = 1024 + STAGES * SLOT_BYTES + STORE_BYTES + (2 * STAGES + CONSUMERS) * 8;
-  static_assert(BM % (PINGPONG ? 64 : 64 * CONSUMERS) == 0 && BN % 64 == 0 && BM <= 256 && BN <= 256);
-  static_assert(BLOCKS_M * BN <= 256, "the accumulators take BLOCKS_M * BN / 2 registers");
-  static_assert(A_BYTES % 1024 == 0 && W_BYTES / CLUSTER % 1024 == 0, "each copy starts at a swizzle atom");
+  static constexpr int SHARED_BYTES = 1024 + STAGES * SLOT_BYTES + STORE_BYTES + 2 * STAGES * 8;
+  static_assert(CONSUMERS == 2 || CONSUMERS == 3, "registers are shared out for these");
+  static_assert(BN == 128 || BN == 256, "widths that wgmma::multiply is written out for");
+  static_assert(A_BYTES % 1024 == 0 && W_BYTES % 1024 == 0, "each copy starts at a swizzle atom");
   static_assert(SHARED_BYTES <= 232448);
 };
 
@@ -84,31 +80,12 @@ struct Ring {
   __device__ __forceinline__ void next() {
     if (++slot == STAGES) slot = 0, parity ^= 1;
   }
-
-  __device__ __forceinline__ void skip(int slots) {
-    slot += slots;
-    parity ^= (slot / STAGES) & 1;
-    slot %= STAGES;
-  }
 };
 
-// Tiles in the order they are worked on: down `group` row tiles, then the next column, so that A and W stay in the L2 cache.
 template <class T>
-struct Schedule {
-  int rows, columns, group;  // in tiles; a cluster's CLUSTER tiles count as one row
-
-  __device__ __forceinline__ explicit Schedule(const GemmParams& p)
-      : rows((p.m + T::BM * T::CLUSTER - 1) / (T::BM * T::CLUSTER)), columns((p.n + T::BN - 1) / T::BN), group(p.group) {}
-
-  __device__ __forceinline__ int tiles() const { return rows * columns; }
-
-  __device__ __forceinline__ void find(int tile, int rank, int& m0, int& n0) const {
-    const int in_group = group * columns, first = tile / in_group * group;
-    const int height = min(rows - first, group), i = tile % in_group;
-    m0 = ((first + i % height) * T::CLUSTER + rank) * T::BM;
-    n0 = i / height * T::BN;
-  }
-};
+__device__ __forceinline__ Schedule schedule_of(const GemmParams& p) {
+  return Schedule((p.m + T::BM - 1) / T::BM, (p.n + T::BN - 1) / T::BN, p.group);
+}
 
 // Loads 64 channels of BM rows; `at` is found once a tile.
 struct RowPosition {
@@ -127,17 +104,14 @@ struct RowPosition {
 
 // One thread: everything the block's tensor cores will read, in the order in which they read it.
 template <class T, bool RESIDUAL>
-__device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty, int rank) {
-  constexpr uint16_t everyone = (1 << T::CLUSTER) - 1;
-  const Schedule<T> schedule(p);
-  const int clusters = gridDim.x / T::CLUSTER;
+__device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty) {
+  const Schedule schedule = schedule_of<T>(p);
   Ring<T::STAGES> ring;
   int iteration = 0;
-  for (int tile = blockIdx.x / T::CLUSTER; tile < schedule.tiles(); tile += clusters) {
-    int m0, n0;
-    schedule.find(tile, rank, m0, n0);
-    // The second tile of the last cluster may lie outside: its loads must still happen, and any rows do.
-    if (m0 >= p.m) m0 = 0;
+  for (int tile = blockIdx.x; tile < schedule.tiles(); tile += gridDim.x) {
+    int row, column;
+    schedule.find(tile, row, column);
+    const int m0 = row * T::BM, n0 = column * T::BN;
     const RowPosition at(p.rows, m0);
     for (int source = 0; source < p.sources; ++source) {
       const CUtensorMap* map_a = &p.a[source];
@@ -153,12 +127,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uin
           } else {
             ptx::load_2d(map_a, barrier, to, step * BK, at.row);
           }
-          if constexpr (T::CLUSTER == 1) {
-            ptx::load_3d(&p.w, barrier, to + T::A_BYTES, step * BK, source * p.taps + tap, n0);
-          } else {
-            ptx::load_3d_multicast(&p.w, barrier, to + T::A_BYTES + rank * (T::W_BYTES / T::CLUSTER), step * BK,
-                                   source * p.taps + tap, n0 + rank * (T::BN / T::CLUSTER), everyone);
-          }
+          ptx::load_3d(&p.w, barrier, to + T::A_BYTES, step * BK, source * p.taps + tap, n0);
         }
       }
     }
@@ -179,7 +148,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uin
       }
     }
   }
-  // The other block still arrives at our barriers: stay until every slot has been given back.
+  // Stay until every slot has been given back.
   for (int i = 0; i < T::STAGES; ++i, ring.next()) {
     ptx::barrier_wait(empty + ring.slot * 8, ring.parity ^ 1, "empty at the end", iteration);
   }
@@ -254,42 +223,23 @@ __device__ __forceinline__ float window_scale(const GemmParams& p, int m) {
 }
 
 template <class T, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
-__device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty, uint32_t order,
-                                        uint32_t buffers, int consumer, int rank) {
+__device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty,
+                                        uint32_t buffers, int consumer) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const Schedule<T> schedule(p);
-  const int clusters = gridDim.x / T::CLUSTER;
+  const Schedule schedule = schedule_of<T>(p);
   const int steps = p.sources * p.taps * p.channel_steps;
-  const int first_row = T::PINGPONG ? 0 : consumer * T::ROWS;
+  const int first_row = consumer * 64;
   Writer<T, RESIDUAL> writer{p, buffers + (consumer * 4 + warp) * T::STORE_BUFFERS * T::PIECE_BYTES, lane};
   Ring<T::STAGES> ring;
 
   const auto release = [&](int slot) {
-    if constexpr (T::CLUSTER == 1) {
-      if (lane == 0) ptx::barrier_arrive(empty + slot * 8);
-    } else {
-      if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + slot * 8, lane);
-    }
+    if (lane == 0) ptx::barrier_arrive(empty + slot * 8);
   };
 
-  const auto pass_on = [&] {
-    if (lane == 0) ptx::barrier_arrive(order + (consumer + 1) % T::CONSUMERS * 8);
-  };
-
-  int turn = 0;
-  uint32_t order_parity = consumer == 0;  // nobody is before the first consumer's first tile
-  for (int tile = blockIdx.x / T::CLUSTER; tile < schedule.tiles(); tile += clusters) {
-    if constexpr (T::PINGPONG) {
-      const bool mine = turn == consumer;
-      turn = turn + 1 == T::CONSUMERS ? 0 : turn + 1;
-      if (!mine) {
-        ring.skip(steps + (RESIDUAL ? T::BN / 16 : 0));
-        continue;
-      }
-    }
-    int m0, n0;
-    schedule.find(tile, rank, m0, n0);
-    m0 += first_row;
+  for (int tile = blockIdx.x; tile < schedule.tiles(); tile += gridDim.x) {
+    int tile_row, tile_column;
+    schedule.find(tile, tile_row, tile_column);
+    const int row = tile_row * T::BM + first_row + warp * 16, n0 = tile_column * T::BN;
 
     // Asked for before the product and used after it.
     uint32_t bias[T::BN / 8] = {};
@@ -301,89 +251,63 @@ __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uin
       }
     }
 
-    if constexpr (T::PINGPONG) {
-      ptx::barrier_wait(order + consumer * 8, order_parity, "order", tile);
-      order_parity ^= 1;
-    }
-    float acc[T::BLOCKS_M][T::BN / 2];
+    float acc[T::BN / 2];
     int previous = 0;
     for (int step = 0; step < steps; ++step) {
       ptx::barrier_wait(full + ring.slot * 8, ring.parity, "full", step);
       const uint32_t slot = slots + ring.slot * T::SLOT_BYTES;
       const uint64_t a = wgmma::descriptor(slot + first_row * 128), w = wgmma::descriptor(slot + T::A_BYTES);
-#pragma unroll
-      for (int i = 0; i < T::BLOCKS_M; ++i) wgmma::keep(acc[i]);
+      wgmma::keep(acc);
       wgmma::fence();
+      // Descriptors count in 16 bytes: 2 are 16 channels.
 #pragma unroll
-      for (int k = 0; k < BK / 16; ++k) {
-#pragma unroll
-        for (int i = 0; i < T::BLOCKS_M; ++i) {
-          // Descriptors count in 16 bytes: 2 are 16 channels, 512 are 64 rows.
-          wgmma::multiply(acc[i], a + 2 * k + 512 * i, w + 2 * k, step + k > 0);
-        }
-      }
+      for (int k = 0; k < BK / 16; ++k) wgmma::multiply(acc, a + 2 * k, w + 2 * k, step + k > 0);
       wgmma::commit();
       wgmma::wait_previous();
       if (step > 0) release(previous);
       previous = ring.slot;
       ring.next();
     }
-    if constexpr (T::PINGPONG && !RESIDUAL) pass_on();
     wgmma::wait_all();
     release(previous);
-#pragma unroll
-    for (int i = 0; i < T::BLOCKS_M; ++i) wgmma::keep(acc[i]);
+    wgmma::keep(acc);
 
-    float scale[T::BLOCKS_M][2];
+    float scale[2];
     if constexpr (RESIDUAL) {
-#pragma unroll
-      for (int i = 0; i < T::BLOCKS_M; ++i) {
-        const int row = m0 + i * 64 + warp * 16 + lane / 4;
-        scale[i][0] = window_scale(p, row);
-        scale[i][1] = window_scale(p, row + 8);
-      }
+      scale[0] = window_scale(p, row + lane / 4);
+      scale[1] = window_scale(p, row + lane / 4 + 8);
     }
 #pragma unroll
     for (int chunk = 0; chunk < T::BN / 64; ++chunk) {
       const int n = n0 + chunk * 64;
+      float* v = acc + chunk * 32;
 #pragma unroll
-      for (int i = 0; i < T::BLOCKS_M; ++i) {
-        float* v = acc[i] + chunk * 32;
+      for (int j = 0; j < 32; ++j) v[j] += j % 2 ? high_half(bias[chunk * 8 + j / 4]) : low_half(bias[chunk * 8 + j / 4]);
+      if constexpr (SAVE_PRE) writer.write(v, &p.pre, false, row, n);
 #pragma unroll
-        for (int j = 0; j < 32; ++j) v[j] += j % 2 ? high_half(bias[chunk * 8 + j / 4]) : low_half(bias[chunk * 8 + j / 4]);
-        if constexpr (SAVE_PRE) writer.write(v, &p.pre, false, m0 + i * 64 + warp * 16, n);
-#pragma unroll
-        for (int j = 0; j < 32; ++j) v[j] = activate<ACTIVATION>(v[j]);
-        if constexpr (!RESIDUAL) writer.write(v, &p.out, true, m0 + i * 64 + warp * 16, n);
-      }
+      for (int j = 0; j < 32; ++j) v[j] = activate<ACTIVATION>(v[j]);
       if constexpr (RESIDUAL) {
 #pragma unroll 1
         for (int tap = 0; tap < 4; ++tap) {
           ptx::barrier_wait(full + ring.slot * 8, ring.parity, "full for residual", tap);
+          const uint32_t line = slots + ring.slot * T::SLOT_BYTES + (first_row + warp * 16 + lane % 16) * 128;
 #pragma unroll
-          for (int i = 0; i < T::BLOCKS_M; ++i) {
-            const uint32_t line = slots + ring.slot * T::SLOT_BYTES + (first_row + i * 64 + warp * 16 + lane % 16) * 128;
+          for (int j = 0; j < 4; ++j) {
+            uint32_t x[4];
+            ptx::load_matrices(line + (((2 * j + lane / 16) ^ (lane % 8)) << 4), x);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              uint32_t x[4];
-              ptx::load_matrices(line + (((2 * j + lane / 16) ^ (lane % 8)) << 4), x);
-              float* v = acc[i] + chunk * 32 + j * 8;
-#pragma unroll
-              for (int h = 0; h < 4; ++h) {
-                v[2 * h] = fmaf(low_half(x[h]), scale[i][h % 2], v[2 * h]);
-                v[2 * h + 1] = fmaf(high_half(x[h]), scale[i][h % 2], v[2 * h + 1]);
-              }
+            for (int h = 0; h < 4; ++h) {
+              v[8 * j + 2 * h] = fmaf(low_half(x[h]), scale[h % 2], v[8 * j + 2 * h]);
+              v[8 * j + 2 * h + 1] = fmaf(high_half(x[h]), scale[h % 2], v[8 * j + 2 * h + 1]);
             }
           }
           __syncwarp();
           release(ring.slot);
           ring.next();
         }
-#pragma unroll
-        for (int i = 0; i < T::BLOCKS_M; ++i) writer.write(acc[i] + chunk * 32, &p.out, true, m0 + i * 64 + warp * 16, n);
       }
+      writer.write(v, &p.out, true, row, n);
     }
-    if constexpr (T::PINGPONG && RESIDUAL) pass_on();
   }
   if (lane == 0) ptx::store_wait_all();
 }
@@ -393,35 +317,28 @@ __global__ void __launch_bounds__(T::THREADS, 1) hopper_gemm_kernel(const __grid
   extern __shared__ char shared[];
   const uint32_t slots = (ptx::shared_address(shared) + 1023) / 1024 * 1024;
   const uint32_t buffers = slots + T::STAGES * T::SLOT_BYTES;
-  const uint32_t full = buffers + T::STORE_BYTES, empty = full + T::STAGES * 8, order = empty + T::STAGES * 8;
-  const int rank = T::CLUSTER == 1 ? 0 : ptx::cluster_rank();
+  const uint32_t full = buffers + T::STORE_BYTES, empty = full + T::STAGES * 8;
   const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
 
   if (threadIdx.x == 0) {
-    constexpr int readers = 4 * (T::PINGPONG ? 1 : T::CONSUMERS) * T::CLUSTER;
     for (int i = 0; i < T::STAGES; ++i) {
       ptx::barrier_init(full + i * 8, 1);
-      ptx::barrier_init(empty + i * 8, readers);
+      ptx::barrier_init(empty + i * 8, 4 * T::CONSUMERS);
     }
-    for (int i = 0; i < T::CONSUMERS; ++i) ptx::barrier_init(order + i * 8, 4);
     ptx::barrier_init_fence();
     for (int i = 0; i < p.sources; ++i) ptx::prefetch_map(&p.a[i]);
     ptx::prefetch_map(&p.w);
     ptx::prefetch_map(&p.out);
   }
   __syncwarp();
-  if constexpr (T::CLUSTER == 1) {
-    __syncthreads();
-  } else {
-    ptx::cluster_sync();
-  }
+  __syncthreads();
 
   if (warpgroup == 0) {
     ptx::registers_down<T::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce<T, RESIDUAL>(p, slots, full, empty, rank);
+    if (threadIdx.x == 0) produce<T, RESIDUAL>(p, slots, full, empty);
   } else {
     ptx::registers_up<T::CONSUMER_REGISTERS>();
-    consume<T, ACTIVATION, SAVE_PRE, RESIDUAL>(p, slots, full, empty, order, buffers, warpgroup - 1, rank);
+    consume<T, ACTIVATION, SAVE_PRE, RESIDUAL>(p, slots, full, empty, buffers, warpgroup - 1);
   }
 }
 

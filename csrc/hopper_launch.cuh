@@ -61,17 +61,11 @@ inline bool encode_im2col(CUtensorMap* map, const void* base, int64_t channels, 
 }
 
 template <class T>
-const char* fill(GemmParams& p, const GemmProblem& q, int group) {
+const char* fill(GemmParams& p, const GemmProblem& q) {
   const int64_t tokens = int64_t(q.height) * q.width;
   const int ratio = q.windows ? 2 : 1;
-  const int64_t rows = int64_t((q.height + ratio - 1) / ratio) * ((q.width + ratio - 1) / ratio);
-  const int64_t m = rows * q.batch;
-  if (m >= int64_t(1) << 30) return "too many rows for 32-bit row numbers";
-  if (q.channels % 8 || q.n % 8 || q.stride_t % 8 || q.stride_b % 8) return "channels, n and strides must be multiples of 8";
-  if (q.num_sources < 1 || q.num_sources > MAX_SOURCES) return "there must be 1 to 8 sources";
-  if (q.out_prefix && !q.residual) return "an output with prefix tokens needs a residual";
-
-  p.m = int(m), p.n = q.n, p.group = group;
+  const int64_t rows = q.rows(), m = rows * q.batch;
+  p.m = int(m), p.n = q.n, p.group = GROUP;
   p.sources = q.num_sources, p.taps = ratio * ratio, p.tap_width = ratio;
   p.channel_steps = (q.channels + BK - 1) / BK;
   p.bias = static_cast<const __nv_bfloat16*>(q.bias);
@@ -86,18 +80,13 @@ const char* fill(GemmParams& p, const GemmProblem& q, int group) {
                                                q.windows ? q.height : 1, q.batch, q.stride_t, q.stride_b, ratio, T::BM);
     if (!ok) return one_matrix ? "no tensor map for a source" : "no im2col tensor map for a source";
   }
-  if (!encode_weight(&p.w, q.weight, q.n, q.num_sources * p.taps, q.channels, T::BN / T::CLUSTER)) {
+  if (!encode_weight(&p.w, q.weight, q.n, q.num_sources * p.taps, q.channels, T::BN)) {
     return "no tensor map for the weight";
   }
   if (!encode_matrix(&p.out, q.out, m, q.n, q.n, 16)) return "no tensor map for the output";
   if (q.pre && !encode_matrix(&p.pre, q.pre, m, q.n, q.n, 16)) return "no tensor map for the pre-activation";
   if (q.residual) {
     const int h = q.residual_height, w = q.residual_width;
-    if (int64_t((h + 1) / 2) * ((w + 1) / 2) != rows) return "the residual's windows must be the output's rows";
-    if (q.residual_block && (q.residual_prefix || h % 2 || w % 2 || q.residual_stride_t != q.n ||
-                             q.residual_stride_b != int64_t(h) * w * q.n)) {
-      return "a residual in block order must be contiguous, with an even grid and no prefix";
-    }
     const auto* base = static_cast<const __nv_bfloat16*>(q.residual) + q.residual_prefix * q.residual_stride_t;
     p.height = h, p.width = w;
     p.residual_rows = Rows{!q.residual_block, int(rows), (w + 1) / 2, 2};
@@ -118,30 +107,21 @@ const char* launch_kernel(const GemmParams& p, cudaStream_t stream) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES) != cudaSuccess) {
     return cudaGetErrorString(cudaGetLastError());
   }
-  const int64_t tiles = int64_t((p.m + T::BM * T::CLUSTER - 1) / (T::BM * T::CLUSTER)) * ((p.n + T::BN - 1) / T::BN);
-  const int blocks = int(std::min<int64_t>(tiles, multiprocessors / T::CLUSTER)) * T::CLUSTER;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {T::CLUSTER, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(T::THREADS);
-  config.dynamicSmemBytes = T::SHARED_BYTES, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
+  const int64_t tiles = int64_t((p.m + T::BM - 1) / T::BM) * ((p.n + T::BN - 1) / T::BN);
+  kernel<<<int(std::min<int64_t>(tiles, multiprocessors)), T::THREADS, T::SHARED_BYTES, stream>>>(p);
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <class T>
-const char* launch(const GemmProblem& q, int group, cudaStream_t stream) {
+const char* launch(const GemmProblem& q, cudaStream_t stream) {
+  if (const char* error = refusal(q)) return error;
+  if (q.batch == 0 || q.n == 0) return nullptr;
   GemmParams p{};
-  if (const char* error = fill<T>(p, q, group)) return error;
-  if (p.m == 0 || p.n == 0) return nullptr;
+  if (const char* error = fill<T>(p, q)) return error;
   const auto act = static_cast<Activation>(q.activation);
-  if (q.residual) {
-    if (act != Activation::none || q.pre) return "the residual comes without an activation";
-    return launch_kernel<T, Activation::none, false, true>(p, stream);
-  }
-  if (act == Activation::none) return q.pre ? "nothing to save" : launch_kernel<T, Activation::none, false, false>(p, stream);
+  if (q.residual) return launch_kernel<T, Activation::none, false, true>(p, stream);
+  if (act == Activation::none) return launch_kernel<T, Activation::none, false, false>(p, stream);
   if (act == Activation::erf) {
     return q.pre ? launch_kernel<T, Activation::erf, true, false>(p, stream)
                  : launch_kernel<T, Activation::erf, false, false>(p, stream);

@@ -22,7 +22,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes the initialised barriers visible to the copy engine and to the other block of the cluster.
+// Makes the initialised barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -33,16 +33,6 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives at the same barrier of block `rank` of the cluster (which may be this one).
-__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n\t.reg .b32 remote;\n\t"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 
 __device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
@@ -101,16 +91,6 @@ __device__ __forceinline__ void load_3d(const CUtensorMap* map, uint32_t barrier
       : "memory");
 }
 
-// Writes to the same place in every block of the cluster named by `blocks`, and completes each one's barrier.
-__device__ __forceinline__ void load_3d_multicast(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c, int tap, int row,
-                                                  uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(c), "r"(tap), "r"(row), "h"(blocks)
-      : "memory");
-}
-
 // A run of pixels that starts at (x, y) of image b and wraps to the next line and image, each displaced by (dx, dy).
 __device__ __forceinline__ void load_im2col(const CUtensorMap* map, uint32_t barrier, uint32_t to, int c, int x, int y, int b,
                                             int dx, int dy) {
@@ -156,7 +136,7 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]
                : "memory");
 }
 
-// ---- registers, clusters ----
+// ---- registers ----
 
 template <int COUNT>
 __device__ __forceinline__ void registers_up() {
@@ -166,16 +146,6 @@ __device__ __forceinline__ void registers_up() {
 template <int COUNT>
 __device__ __forceinline__ void registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 }  // namespace laco::ptx

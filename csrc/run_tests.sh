@@ -32,10 +32,10 @@ for attempt in 1 2 3 4 5; do
   stopped=$(grep '^STOPPED' "$log" | tail -1)
   rm -f "$log"
   [ -n "$stopped" ] || break
-  read -r _ from case variant <<<"$stopped"
-  skip=$skip,$variant
+  read -r _ from case tile <<<"$stopped"
+  skip=$skip,$tile
   if [ -x "$build/trace/test_hopper" ] && [ "$attempt" -le 2 ]; then
-    timeout "$(limit 6)" "$build/trace/test_hopper" check --only "$case" --variant "$variant" | grep -v '^ ' | head -40
+    timeout "$(limit 6)" "$build/trace/test_hopper" check --only "$case" --tile "$tile" | grep -v '^ ' | head -40
   fi
   [ "$(left)" -gt 15 ] || break
 done

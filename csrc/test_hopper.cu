@@ -1,24 +1,18 @@
 // Checks the Hopper product against a slow kernel, and times it. The cases go from the simplest to the riskiest.
 //
 //   test_hopper probe                                  what the im2col copies bring, pixel by pixel
-//   test_hopper check [--skip VARIANT,..] [--from N] [--only CASE] [--variant VARIANT]
-//   test_hopper time [--skip VARIANT,..]
+//   test_hopper check [--skip TILE,..] [--from N] [--only CASE] [--tile TILE]
+//   test_hopper time [--skip TILE,..]
 //
 // Exit status: 0 all passed, 1 wrong results, 3 a kernel hung or failed (its case number is in the last line).
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
 #include "test_hopper.h"
-
-std::vector<laco::GemmVariant>& variants() {
-  static std::vector<laco::GemmVariant> all;
-  return all;
-}
 
 namespace {
 
@@ -48,22 +42,17 @@ const Problem PROBLEMS[] = {
     {"large", 16, 24, 24, 0, 4096, 1, 4096, false, true, 1, true},
 };
 
-std::vector<laco::GemmVariant> choose(int argc, char** argv) {
+std::vector<laco::GemmTile> choose(int argc, char** argv) {
   std::string skip = ",", only;
   for (int i = 2; i + 1 < argc; ++i) {
     if (!strcmp(argv[i], "--skip")) skip += std::string(argv[i + 1]) + ",";
-    if (!strcmp(argv[i], "--variant")) only = argv[i + 1];
+    if (!strcmp(argv[i], "--tile")) only = argv[i + 1];
   }
-  std::vector<laco::GemmVariant> chosen;
-  for (const auto& v : variants()) {
+  std::vector<laco::GemmTile> chosen;
+  for (const auto& v : laco::TILES) {
     if (skip.find("," + std::string(v.name) + ",") != std::string::npos) continue;
     if (only.empty() || only == v.name) chosen.push_back(v);
   }
-  // Without clusters first, then by name.
-  std::sort(chosen.begin(), chosen.end(), [](const auto& a, const auto& b) {
-    const int x = a.cluster + (a.name[0] == 'p' ? 10 : 0), y = b.cluster + (b.name[0] == 'p' ? 10 : 0);
-    return x != y ? x < y : strcmp(a.name, b.name) < 0;
-  });
   return chosen;
 }
 
@@ -84,10 +73,10 @@ int check_everything(int argc, char** argv) {
     if (current_case < from || (!only.empty() && only != problem.name)) continue;
     Tensors tensors(problem);
     compute_reference(tensors);
-    for (const auto& variant : chosen) {
-      const std::string label = std::string(problem.name) + " " + variant.name;
+    for (const auto& tile : chosen) {
+      const std::string label = std::string(problem.name) + " " + tile.name;
       tensors.poison_outputs();
-      if (const char* error = variant.launch(tensors.gemm, 8, stream)) {
+      if (const char* error = tile.launch(tensors.gemm, stream)) {
         printf("FAIL %s: not launched: %s\n", label.c_str(), error);
         good = false;
         continue;

@@ -45,13 +45,8 @@ void compute_reference(const Tensors& tensors);
 // Prints the errors, and if they are too large what is wrong where; `label` is put in front.
 bool check(const Tensors& tensors, const std::string& label, bool only_failures = false);
 
-std::vector<laco::GemmVariant>& variants();
-struct RegisterVariant {
-  explicit RegisterVariant(const laco::GemmVariant& variant) { variants().push_back(variant); }
-};
-
 // Ends the program when the stream is not done in time or has failed: a hung kernel leaves nothing that could be used.
 void finish_or_exit(cudaStream_t stream, double seconds, const std::string& label);
 
 bool probe_im2col();
-void time_everything(const std::vector<laco::GemmVariant>& chosen);
+void time_everything(const std::vector<laco::GemmTile>& chosen);

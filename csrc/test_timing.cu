@@ -1,4 +1,4 @@
-// Times every tile on the shapes that matter: graphs of 20 launches, five rounds in which the variants take turns, the median.
+// Times every tile on the shapes that matter: graphs of 20 launches, five rounds in which the tiles take turns, the median.
 // The result of the twentieth launch is checked.
 #include <algorithm>
 #include <cmath>
@@ -38,7 +38,7 @@ struct Entry {
 
 }  // namespace
 
-void time_everything(const std::vector<laco::GemmVariant>& chosen) {
+void time_everything(const std::vector<laco::GemmTile>& chosen) {
   cudaStream_t stream;
   cudaStreamCreate(&stream);
   cudaEvent_t start, stop;
@@ -47,29 +47,24 @@ void time_everything(const std::vector<laco::GemmVariant>& chosen) {
     Tensors tensors(shape.problem);
     compute_reference(tensors);
     std::vector<Entry> entries;
-    for (const auto& variant : chosen) {
-      const int bm = variant.bm * variant.cluster, rows = (tensors.problem.m() + bm - 1) / bm;
-      for (int group : {4, 8, 16}) {
-        if (group > 4 && group / 2 >= rows) continue;  // the same order as the smaller group
-        if (group != 8 && &shape != SHAPES && &shape != SHAPES + 5) continue;
-        cudaGraph_t graph;
-        Entry entry{variant.name + std::string(" g") + std::to_string(group), nullptr, {}, false};
-        cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
-        const char* error = nullptr;
-        for (int i = 0; i < LAUNCHES && !error; ++i) error = variant.launch(tensors.gemm, group, stream);
-        const bool captured = cudaStreamEndCapture(stream, &graph) == cudaSuccess && !error;
-        if (!captured || cudaGraphInstantiate(&entry.graph, graph, 0) != cudaSuccess) {
-          printf("%s %s: not captured: %s\n", shape.problem.name, entry.name.c_str(), error ? error : "");
-          cudaGetLastError();
-          continue;
-        }
-        cudaGraphDestroy(graph);
-        tensors.poison_outputs();
-        cudaGraphLaunch(entry.graph, stream);
-        finish_or_exit(stream, 3, std::string("time ") + shape.problem.name + " " + entry.name);
-        entry.right = check(tensors, shape.problem.name + std::string(" ") + entry.name, true);
-        entries.push_back(entry);
+    for (const auto& tile : chosen) {
+      cudaGraph_t graph;
+      Entry entry{tile.name, nullptr, {}, false};
+      cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
+      const char* error = nullptr;
+      for (int i = 0; i < LAUNCHES && !error; ++i) error = tile.launch(tensors.gemm, stream);
+      const bool captured = cudaStreamEndCapture(stream, &graph) == cudaSuccess && !error;
+      if (!captured || cudaGraphInstantiate(&entry.graph, graph, 0) != cudaSuccess) {
+        printf("%s %s: not captured: %s\n", shape.problem.name, entry.name.c_str(), error ? error : "");
+        cudaGetLastError();
+        continue;
       }
+      cudaGraphDestroy(graph);
+      tensors.poison_outputs();
+      cudaGraphLaunch(entry.graph, stream);
+      finish_or_exit(stream, 3, std::string("time ") + shape.problem.name + " " + entry.name);
+      entry.right = check(tensors, shape.problem.name + std::string(" ") + entry.name, true);
+      entries.push_back(entry);
     }
     for (int round = 0; round < ROUNDS; ++round) {
       for (Entry& entry : entries) {

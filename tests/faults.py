@@ -31,11 +31,15 @@ TOWER, TOWER_TILES, TOWER_FAR, TOWER_AROUND, TOWER_MEMORY, TOWER_RANGE, ROUNDED,
         "over_their_whole_range", "rounds_once", "test_rows_are_views",
     )
 )  # fmt: skip
+HOPPER = "tests/kernels/test_cuda.py"
 TOWER_REFERENCE, SAVED = "tests/test_reference_tower.py", "tests/ops/test_tower_ops.py -k test_add_norm_saves"
 MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
 
 FILES = dict.fromkeys(("split", "collect", "gelu_backward", "join"), "kernels/pointwise.py")
-FILES |= {name: f"kernels/{name}.py" for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused")}
+FILES |= {
+    name: f"kernels/{name}.py"
+    for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused", "backward", "cuda")
+}
 FILES |= {name: f"kernels/{name}.py" for name in ("norm", "elementwise", "rows")}
 FILES |= {name: f"{name}.py" for name in ("reference", "reference_tower", "geometry")}
 FILES |= {"add_norm": "ops/add_norm.py"}
@@ -130,7 +134,14 @@ FAULTS = [
     Fault("activation", "a cube's derivative without its three", "0.134145", "0.044715", RANGE),
     Fault("launch", "erf where tanh was asked for", 'ERF if approximate == "none" else TANH', "ERF"),
     Fault("composite", "the second bias is left out", "            bias2,\n", "            None,\n"),
-    Fault("composite", "the prefix has no gradient", "dx[:, :prefix] = grad[:, :prefix]", "dx[:, :prefix] = 0"),
+    Fault("backward", "the prefix has no gradient", "dx[:, :prefix] = grad[:, :prefix]", "dx[:, :prefix] = 0"),
+    Fault("cuda", "the prefix is read as patches", "self.address + ELEMENT * tokens * self.stride_t", "self.address", HOPPER),
+    Fault("cuda", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0", HOPPER),
+    Fault("cuda", "block order is gathered in raster order", "(2 * windows.num_windows, 2) if", "windows.grid if", HOPPER),
+    Fault("cuda", "no bias", "bias=0 if bias is None else", "bias=0 if True else", HOPPER),
+    Fault("cuda", "the residual lies where the first token does", '"residual": tokens.behind(windows.prefix_tokens)',
+        '"residual": tokens.address', HOPPER),
+    Fault("cuda", "tokens with gaps are taken for rows", ' and stride_t == channels:  # a window', ":  # a window", HOPPER),
     Fault("fused", "the prefix is read as patches", "prefix=prefix,\n        gather=", "prefix=0,\n        gather="),
     Fault("fused", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0"),
     Fault("fused", "block order is scattered in raster order", "scatter=GATHER[layout]", "scatter=RASTER"),

@@ -45,7 +45,8 @@ def test_env():
     report = json.loads(laco("env", "--json").output)
     assert report["torch"] == torch.__version__
     assert report["implementations"]["reference"] is None
-    assert "no CUDA kernels yet" in report["implementations"]["cuda"]
+    reason = report["implementations"]["cuda"]
+    assert reason is None or "compute capability 9.0" in reason or "CUDA extension" in reason
 
 
 def test_env_says_what_the_environment_chooses(monkeypatch):
@@ -303,7 +304,7 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch):
         (["--op", "matmul"], "op: got 'matmul', expected one of patch_merge"),
         (["--impl", "magic"], "impl: got 'magic', expected one of reference"),
         (["--op", "add_norm", "--impl", "composite"], "impl: got 'composite', expected one of reference, triton"),
-        (["--impl", "cuda"], "impl: got 'cuda', expected one that can run, but this version"),
+        (["--impl", "cuda"], "impl: got 'cuda', expected one that can run, but the CUDA kernels need compute capability 9.0"),
     ],
 )
 def test_check_refuses(arguments, message):

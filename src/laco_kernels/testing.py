@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laco_kernels import ops
+from laco_kernels.errors import UnsupportedError
 from laco_kernels.kernels import select
+from laco_kernels.ops.cost import Traffic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -244,15 +246,29 @@ def _round_once(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Gener
     return tensor * (1 + step * (2 * signs - 1))
 
 
+def refusal(case: Case | TowerCase, impl: str, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Return why ``impl`` cannot do ``case`` on ``device``, or ``None`` where it can; found on the meta device."""
+    if reason := select.unavailable(impl, torch.device(device), dtype):
+        return reason
+    if impl != "cuda":  # the one that does not do everything
+        return None
+    try:
+        with torch.no_grad(), Traffic(impl):
+            case(case.inputs(dtype, "meta"), None)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
 def check(
     cases: Iterable[Case | TowerCase], impls: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device | str
 ) -> Iterable[Row]:
-    """Check every case in every implementation and precision that can run on ``device``; yields rows as they come.
+    """Check every case in every implementation and precision that can do it on ``device``; yields rows as they come.
 
     An implementation that the operator does not have is left out.
     """
     for case in cases:
         for impl in (name for name in impls if name in select.implementations(case.op)):
             for dtype in dtypes:
-                if select.unavailable(impl, torch.device(device), dtype) is None:
+                if refusal(case, impl, dtype, device) is None:
                     yield from check_case(case, impl, dtype, device)

@@ -14,6 +14,7 @@ from laco_kernels.bench.operators import measure_case
 from laco_kernels.bench.timing import spread
 from laco_kernels.geometry import Windows
 from laco_kernels.hf.mixins import inner_layout
+from laco_kernels.kernels import select
 
 CPU = torch.device("cpu")
 CASES = {(case.op, case.direction): case for case in op_cases.tiny(op_cases.op_cases("float32")) if case.grid == (6, 6)}
@@ -169,6 +170,18 @@ def test_a_compiled_rival_takes_part_and_max_autotune_only_where_asked_for():
 def test_the_interpreter_is_not_timed():
     assert "interpreter" in op_variants.unavailable("triton", MERGE, CPU)
     assert op_variants.unavailable("eager", MERGE, CPU) is None
+
+
+def test_a_variant_that_refuses_a_case_has_its_reason_and_no_time(monkeypatch):
+    case = replace(CASES["strided_conv_gelu", "forward"], channels=12, dtype="bfloat16")
+    monkeypatch.setattr(select, "_no_hopper_kernels", lambda *_: None)
+    found = measure_case(case, CPU, {name: op_variants.function(case, name) for name in ("eager", "cuda")}, rounds=2)
+    assert found["eager"]["timings"]
+    assert found["cuda"]["timings"] == {}
+    assert found["cuda"]["reason"].startswith("UnsupportedError: x: got 12 channels, expected a multiple of 8 for impl='cuda'")
+    monkeypatch.setattr(select, "interpreted", lambda: False)
+    assert op_variants.unavailable("cuda", case, CPU).startswith("x: got 12 channels")
+    assert op_variants.unavailable("cuda", replace(case, channels=16), CPU) is None
 
 
 def test_a_convolution_has_no_part_in_block_order():

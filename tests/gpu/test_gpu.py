@@ -10,19 +10,25 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-IMPLS = ["triton", "composite"]
+IMPLS = ["triton", "composite", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*testing.CASES, *testing.LARGE_CASES], ids=str)
+def every(cases, dtypes=(torch.bfloat16,), impls=IMPLS):
+    """Cases in the implementations and precisions that can do them; a test below says what ``"cuda"`` must."""
+    wanted = [(case, impl, dtype) for case in cases for impl in impls for dtype in dtypes]
+    able = [each for each in wanted if each[1] != "cuda" or testing.refusal(*each, "cuda") is None]
+    ids = ["-".join(map(str, each if len(dtypes) > 1 else each[:2])) for each in able]
+    names = ("case", "impl", "dtype") if len(dtypes) > 1 else ("case", "impl")
+    return pytest.mark.parametrize(names, [each[: len(names)] for each in able], ids=ids)
+
+
+@every([*testing.CASES, *testing.LARGE_CASES], DTYPES)
 def test_the_numerical_promise(case, impl, dtype):
     assert not [row for row in testing.check_case(case, impl, dtype, "cuda") if not row.ok]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=str)
+@every(testing.LARGE_CASES)
 def test_two_hundred_and_fifty_runs_are_bitwise_equal(case, impl):
     inputs = case.inputs(torch.bfloat16, "cuda")
     with torch.no_grad():
@@ -33,8 +39,7 @@ def test_two_hundred_and_fifty_runs_are_bitwise_equal(case, impl):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=str)
+@every(testing.LARGE_CASES)
 def test_a_captured_graph_replays_on_new_inputs(case, impl):
     inputs, other = (case.inputs(torch.bfloat16, "cuda", seed) for seed in (0, 1))
     with torch.no_grad():
@@ -49,8 +54,7 @@ def test_a_captured_graph_replays_on_new_inputs(case, impl):
         assert torch.equal(y, case(other, impl))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=str)
+@every(testing.LARGE_CASES)
 def test_a_captured_graph_replays_forward_and_backward(case, impl):
     inputs, other = (case.inputs(torch.bfloat16, "cuda", seed) for seed in (0, 1))
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
@@ -73,10 +77,25 @@ def test_a_captured_graph_replays_forward_and_backward(case, impl):
         assert torch.equal(gradient, expected[f"d{name}"])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_more_than_two_to_the_thirty_first_elements(impl):
+@every(testing.LARGE_CASES)
+def test_two_streams_do_not_disturb_each_other(case, impl):
+    inputs = [case.inputs(torch.bfloat16, "cuda", seed) for seed in (0, 1)]
+    with torch.no_grad():
+        expected = [case(each, impl) for each in inputs]
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream() for _ in inputs], ([], [])
+        for _ in range(20):
+            for stream, each, outputs in zip(streams, inputs, found, strict=True):
+                with torch.cuda.stream(stream):
+                    outputs.append(case(each, impl))
+        torch.cuda.synchronize()
+    for outputs, right in zip(found, expected, strict=True):
+        assert all(torch.equal(output, right) for output in outputs)
+
+
+@every([Case("patch_merge", {"batch": 2100, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})])
+def test_more_than_two_to_the_thirty_first_elements(case, impl):
     # 2.2e9 elements of x; output and gradient of the last image must be what they are alone, within the promise.
-    case = Case("patch_merge", {"batch": 2100, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})
     alone = Case("patch_merge", {"batch": 1, "channels": 1024, "hidden": 64}, {"grid": (32, 32)})
     inputs = alone.inputs(torch.bfloat16, "cuda")
     grad = torch.randn(1, 256, 1024, device="cuda").bfloat16()
@@ -95,14 +114,13 @@ def test_more_than_two_to_the_thirty_first_elements(impl):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["triton", "composite"])
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
 def test_tensors_on_another_than_the_current_device(case, impl):
     assert not [row for row in testing.check_case(case, impl, torch.float32, "cuda:1") if not row.ok]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", testing.CASES, ids=str)
+@every(testing.CASES)
 def test_a_compiled_call_equals_the_plain_one(case, impl):
     inputs = case.inputs(torch.bfloat16, "cuda")
     grad = torch.randn_like(case(inputs, impl))
@@ -113,8 +131,7 @@ def test_a_compiled_call_equals_the_plain_one(case, impl):
         assert torch.equal(gradient, expected), name
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
-@pytest.mark.parametrize("case", testing.CASES, ids=str)
+@every(testing.CASES, impls=[*IMPLS, "reference"])
 def test_autocast_computes_what_its_dtype_does(case, impl):
     """An odd grid too, whose residual takes a sum, which autocast on a GPU would widen."""
     inputs = case.inputs(torch.float32, "cuda")
@@ -126,3 +143,28 @@ def test_autocast_computes_what_its_dtype_does(case, impl):
     assert found["y"].dtype == torch.bfloat16
     for name, tensor in found.items():
         assert torch.equal(tensor.bfloat16(), expected[name]), name
+
+
+@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=str)
+def test_the_cuda_kernels_do_the_papers_shapes(case):
+    if torch.cuda.get_device_capability() != (9, 0):
+        assert "compute capability 9.0" in testing.refusal(case, "cuda", torch.bfloat16, "cuda")
+    else:
+        assert testing.refusal(case, "cuda", torch.bfloat16, "cuda") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the GPU is no Hopper")
+@pytest.mark.parametrize("layout", ["raster", "block"])
+@pytest.mark.parametrize("residual", ["mean", "none"])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_the_cuda_kernels_on_tokens_with_gaps(batch, residual, layout):
+    """Encoder tokens that lie in something wider, with class and register tokens; both tiles, many of them."""
+    case = Case(
+        "patch_merge",
+        {"batch": batch, "channels": 1024, "hidden": 1536},
+        {"grid": (24, 24), "layout": layout, "residual": residual, "prefix_tokens": 5},
+    )
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    x = inputs["x"]
+    inputs["x"] = x.new_full((batch, x.shape[1] + 3, 1024 + 64), float("nan"))[:, 2:-1, 64:].copy_(x)
+    assert not [row for row in testing.check_case(case, "cuda", torch.bfloat16, "cuda", inputs) if not row.ok]

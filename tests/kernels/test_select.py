@@ -1,5 +1,7 @@
 """The choice of an implementation: explicit, by environment, by table, by verdict."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -115,6 +117,18 @@ def test_a_table_need_not_be_sorted_and_old_gpus_are_refused(gpu, monkeypatch):
     assert choose() == ("reference", "the kernels need compute capability 8.0 (Ampere) or newer")
 
 
+def test_where_the_cuda_kernels_cannot_run_the_composite_does(gpu, monkeypatch):
+    gpu("H", {"H": {"capability": "9.0", "rows": [{**ROWS[0], "impl": "cuda"}]}})
+    monkeypatch.setattr(select, "_EXTENSION", [None, None])
+    assert choose(1) == ("cuda", "measured fastest on H up to 1000 output tokens")
+    monkeypatch.setattr(select, "_EXTENSION", [None, "the CUDA extension is not built"])
+    select._CHOICES.clear()
+    assert choose(1) == ("composite", "the CUDA extension is not built")
+    monkeypatch.setattr(select.importlib.util, "find_spec", lambda _: None)
+    select._CHOICES.clear()
+    assert choose(1).impl == "reference"
+
+
 def test_verdicts_of_several_checks_are_kept_and_a_damaged_file_is_none(gpu):
     gpu("H", {})
     select.record("H", "patch_merge", "torch.float16", ok=True)
@@ -167,7 +181,9 @@ def test_the_environment_chooses_where_the_call_does_not(monkeypatch):
         merge()
     assert merge(impl="reference").shape == (1, 1, 16)
     monkeypatch.setenv("LACO_IMPL", "cuda")
-    with pytest.raises(RuntimeError, match="LACO_IMPL: got 'cuda', expected an implementation that can run, but this version"):
+    with pytest.raises(
+        RuntimeError, match="LACO_IMPL: got 'cuda', expected an implementation that can run, but the CUDA kernels"
+    ):
         merge()
 
 
@@ -188,3 +204,31 @@ def test_why_an_implementation_is_unavailable(monkeypatch):
     assert "no float64 on a GPU" in select.unavailable("triton", CUDA, torch.float64)
     monkeypatch.setattr(select, "HAS_TRITON", False)
     assert "Triton is not installed" in select.unavailable("triton", CUDA, torch.float32)
+
+
+def test_why_the_cuda_kernels_are_unavailable(monkeypatch):
+    assert "compute capability 9.0 (Hopper: H100, H200, GH200), not cpu" in select.unavailable("cuda", CPU, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    assert "not 8.0" in select.unavailable("cuda", CUDA, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(select, "_EXTENSION", [None, None])
+    assert select.unavailable("cuda", CUDA, torch.bfloat16) is None
+    assert "in bfloat16, not float16" in select.unavailable("cuda", CUDA, torch.float16)
+
+    def load(error, problem=None):
+        def import_module(name):
+            if error is not None:
+                raise error
+            return SimpleNamespace(problem=lambda: problem)
+
+        select._EXTENSION.clear()
+        monkeypatch.setattr(select.importlib, "import_module", import_module)
+        return select.unavailable("cuda", CUDA, torch.bfloat16)
+
+    assert "the CUDA extension is not built; install with nvcc" in load(ModuleNotFoundError())
+    assert "the CUDA extension does not load: no libstdc++" in load(ImportError("no libstdc++"))
+    assert "cannot use this machine's driver: too old" in load(None, "too old")
+    with pytest.raises(RuntimeError, match=r"laco_kernels\._cuda: the CUDA extension cannot use"):
+        select.extension()
+    assert load(None) is None

@@ -44,7 +44,7 @@ def unavailable(variant: str, case: AnyCase, device: torch.device) -> str | None
         return None
     if select.interpreted():
         return "Triton's interpreter is there to check kernels, its time says nothing"
-    return select.unavailable(variant, device, getattr(torch, case.dtype))
+    return testing.refusal(case.case, variant, getattr(torch, case.dtype), device)
 
 
 def function(case: AnyCase, variant: str) -> Function:

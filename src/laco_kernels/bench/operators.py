@@ -15,6 +15,7 @@ from laco_kernels.bench.gpu_timing import COLD, GRAPH, WALL, Clock, rounds_of
 from laco_kernels.bench.memory import peak_bytes
 from laco_kernels.bench.op_variants import AUTOTUNE, COMPILE, CONVOLUTION, EAGER, PRODUCTS
 from laco_kernels.bench.timing import paired_ratio, spread
+from laco_kernels.errors import UnsupportedError
 from laco_kernels.ops.cost import Traffic
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _maker(
 
 def _costs(case: AnyCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
     """Count on the meta device what the operator computes, and what a variant that shows its passes moves."""
-    implementation = {EAGER: "reference", "composite": "composite", "triton": "triton"}.get(variant)
+    implementation = "reference" if variant == EAGER else variant if variant in op_variants.OURS else None
     flops = sum(2 * m * n * k for m, n, k, _ in op_variants.product_shapes(case))
     known = {"flops": flops, "least_bytes": least_bytes(case, dtype)}
     if implementation is None:
@@ -236,7 +237,7 @@ def _costs(case: AnyCase, variant: str, dtype: torch.dtype) -> dict[str, Any]:
         with Traffic(None if variant == EAGER else implementation) as backward:
             if case.direction != "forward":
                 torch.autograd.grad(ys, leaves, grads)
-    except ImportError:  # no Triton, whose launchers count
+    except (ImportError, UnsupportedError):  # no Triton, whose launchers count, or nothing that would be launched
         return known
     counts = {"forward": [forward], "backward": [backward], "both": [forward, backward]}[case.direction]
     return {**known, "bytes": sum(count.read + count.written for count in counts)}

@@ -102,6 +102,13 @@ def check(
                 if reason := select.unavailable(name, place, precision):
                     text = f"not checked: {name} in {str(precision).removeprefix('torch.')}: {reason}"
                     out_console.print(text, markup=False, highlight=False, soft_wrap=True)
+                    continue
+                refused = [reason for case in cases if (reason := testing.refusal(case, name, precision, place))]
+                if refused:
+                    text = (
+                        f"not checked: {name} in {str(precision).removeprefix('torch.')} on {len(refused)} shapes: {refused[0]}"
+                    )
+                    out_console.print(text, markup=False, highlight=False, soft_wrap=True)
         out_console.print(f"{len(rows) - failed} passed, {failed} failed", style="bold", highlight=False)
     if not rows or not all(row.ok for row in rows):  # having checked nothing is no success
         raise typer.Exit(1)

@@ -9,6 +9,9 @@ An explicit ``impl=`` never falls back. The automatic choice is made by this rul
 3. It has rows for other devices, and ``laco check`` passed here (its verdict lies in the user's cache folder): the winner on
    the device of the nearest architecture.
 4. Else the reference. A kernel that was never verified on this GPU or its like is never chosen by itself.
+
+Where the choice cannot do the call at hand (``"cuda"`` has limits of shape and alignment, which the table does not know) the
+composite does; see :func:`laco_kernels.ops.library.run_forward`.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ MODULES = {
     "reference": "laco_kernels.reference",
     "composite": "laco_kernels.kernels.composite",
     "triton": "laco_kernels.kernels.fused",
+    "cuda": "laco_kernels.kernels.cuda",
 }
-IMPLEMENTATIONS = (*MODULES, "cuda")
+IMPLEMENTATIONS = tuple(MODULES)
 OPERATORS = ("patch_merge", "strided_conv_gelu", "multi_block_linear_gelu")
 # The operators inside an encoder have modules of their own.
 TOWER_MODULES = {
@@ -74,11 +78,11 @@ def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtyp
     """Return why ``impl`` cannot run here (on ``device``, in ``dtype``), or ``None`` where it can."""
     if impl == "reference":
         return None
-    if impl == "cuda":
-        return "this version of laco_kernels has no CUDA kernels yet"
     if not HAS_TRITON:
         return "Triton is not installed (it comes with torch's CUDA builds)"
     kind = device.type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if impl == "cuda":
+        return _no_hopper_kernels(kind, device, dtype)
     if interpreted():
         if dtype == torch.bfloat16:
             return "Triton's interpreter cannot compute in bfloat16"
@@ -92,6 +96,52 @@ def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtyp
     if dtype == torch.float64:
         return "the kernels have no float64 on a GPU"
     return None
+
+
+def _no_hopper_kernels(kind: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    needed = "the CUDA kernels need compute capability 9.0 (Hopper: H100, H200, GH200)"
+    if kind != "cuda" or torch.version.hip is not None:
+        return f"{needed}, not {kind}"
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"{needed}, not {found[0]}.{found[1]}"
+    if dtype not in (None, torch.bfloat16):
+        return f"the CUDA kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if torch.compiler.is_compiling():  # which cannot trace an import; the operator's body will say it
+        return None
+    if not _EXTENSION:
+        _load_extension()
+    return _EXTENSION[1]
+
+
+def extension() -> Any:
+    """Return the compiled module of ``csrc/``.
+
+    Raises:
+        RuntimeError: if there is none, or it cannot run here.
+    """
+    if not _EXTENSION:
+        _load_extension()
+    module, reason = _EXTENSION
+    if reason is not None:
+        raise RuntimeError(f"laco_kernels._cuda: {reason}")
+    return module
+
+
+# The module, and why it cannot run. Not functools.cache: see _CHOICES.
+_EXTENSION: list[Any] = []
+
+
+def _load_extension() -> None:
+    module, reason = None, None
+    try:
+        module = importlib.import_module("laco_kernels._cuda")
+        if problem := module.problem():
+            reason = f"the CUDA extension cannot use this machine's driver: {problem}"
+    except ModuleNotFoundError:
+        reason = "the CUDA extension is not built; install with nvcc (CUDA 12.5 or newer) at hand, and LACO_BUILD_CUDA=1"
+    except ImportError as error:
+        reason = f"the CUDA extension does not load: {error}"
+    _EXTENSION[:] = [module, reason]
 
 
 def check(impl: str | None, device: torch.device, dtype: torch.dtype, op: str = OPERATORS[0]) -> str:
@@ -164,7 +214,11 @@ def _buckets(
     for row in rows_of(table[source], op, direction, form, str(dtype).removeprefix("torch.")):
         reason = unavailable(row["impl"], device, dtype)
         fastest = Choice(row["impl"], f"measured fastest on {source} up to {row['up_to']} output tokens")
-        buckets.append((row["up_to"], fastest if reason is None else Choice("reference", reason)))
+        if reason is not None:
+            # The CUDA kernels need a compiler at installation and one architecture; what they were faster than does not.
+            able = row["impl"] == "cuda" and unavailable("composite", device, dtype) is None
+            fastest = Choice("composite" if able else "reference", reason)
+        buckets.append((row["up_to"], fastest))
     what = " ".join(filter(None, [op, direction, form and f"with {FORMS[op]}={form!r}"]))
     beyond = f" above {buckets[-1][0]} output tokens" if buckets else ""
     return tuple(buckets), Choice("reference", f"not measured on {source} for {what} in {dtype}{beyond}")

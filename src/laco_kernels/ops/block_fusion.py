@@ -42,7 +42,7 @@ def multi_block_linear_gelu(
     Raises:
         TypeError: ``xs`` is no sequence of floating-point tensors, mixed dtypes outside autocast.
         ValueError: no blocks, blocks of different shapes, a weight that does not fit, mixed devices, unknown options.
-        RuntimeError: ``impl`` names an implementation that cannot run here.
+        RuntimeError: ``impl`` names an implementation that cannot run here, or cannot do this call (``"cuda"``).
     """
     if isinstance(xs, torch.Tensor) or not isinstance(xs, (list, tuple)):
         remedy = "A stacked tensor [M, B, T, C] becomes one by tensor.unbind(0)"

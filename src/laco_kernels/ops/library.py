@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from laco_kernels.errors import UnsupportedError
 from laco_kernels.kernels import select
 
 if TYPE_CHECKING:
@@ -97,12 +98,21 @@ def differentiate(name: str, setup_context: Callable[..., None], backward: Calla
 def run_forward(
     name: str, impl: str, tensors: Sequence[Any], save: bool, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``<name>_forward`` of an implementation: the output, and the pre-activation, empty unless it is to be saved."""
+    """Run ``<name>_forward`` of an implementation: the output, and the pre-activation, empty unless it is to be saved.
+
+    What the automatic choice cannot do, the composite does.
+    """
     xs = tensors[0]
     x = xs if isinstance(xs, torch.Tensor) else xs[0]
     tokens = options["windows"].num_windows if "windows" in options else x.shape[1] - options["prefix_tokens"]
     module = select.load(impl, name, "forward", x, x.shape[0] * tokens, options.get("layout"))
-    y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
+    try:
+        y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
+    except UnsupportedError:  # said before anything was done
+        if impl != select.AUTO:
+            raise
+        module = select.load("composite", name, "forward", x, 0)
+        y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
     return y, pre if save else y.new_empty(0)
 
 

@@ -63,7 +63,7 @@ def patch_merge(
     Raises:
         TypeError: integer or complex tensors, mixed dtypes outside autocast, a ratio or grid that is no integer.
         ValueError: shapes that do not fit together, mixed devices, unknown options, a grid that needs ``pad=True``.
-        RuntimeError: ``impl`` names an implementation that cannot run here.
+        RuntimeError: ``impl`` names an implementation that cannot run here, or cannot do this call (``"cuda"``).
     """
     windows = Windows(check_grid(grid), integer("ratio", ratio, 2), prefix_tokens, pad)
     checks.check_choice("residual", residual, RESIDUALS)

@@ -48,7 +48,7 @@ def strided_conv_gelu(
     Raises:
         TypeError: integer or complex tensors, mixed dtypes outside autocast, a kernel size or grid that is no integer.
         ValueError: shapes that do not fit together, mixed devices, unknown options, a grid that needs ``pad=True``.
-        RuntimeError: ``impl`` names an implementation that cannot run here.
+        RuntimeError: ``impl`` names an implementation that cannot run here, or cannot do this call (``"cuda"``).
     """
     windows = Windows(check_grid(grid), integer("kernel_size", kernel_size, 1), prefix_tokens, pad)
     checks.check_choice("approximate", approximate, checks.APPROXIMATIONS)
