@@ -232,3 +232,15 @@ def test_why_the_cuda_kernels_are_unavailable(monkeypatch):
     with pytest.raises(RuntimeError, match=r"laco_kernels\._cuda: the CUDA extension cannot use"):
         select.extension()
     assert load(None) is None
+
+
+def test_a_compiler_traces_the_question_without_importing_the_extension(monkeypatch):
+    monkeypatch.setattr(select, "_EXTENSION", [])
+
+    def ask(x):
+        return x + 1 if select.unavailable("cuda", CUDA, torch.bfloat16) is None else x - 1
+
+    # Where there is no GPU nothing else speaks against it; the operator's body finds out.
+    expected = 1 if not torch.cuda.is_available() or torch.cuda.get_device_capability() == (9, 0) else -1
+    assert torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(1)) == expected
+    assert select._EXTENSION == []
