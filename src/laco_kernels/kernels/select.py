@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,7 +116,8 @@ def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, layo
     """
     if impl == AUTO:
         impl = choose(op, direction, like.device, like.dtype, rows, layout).impl
-    return importlib.import_module(modules(op)[impl])
+    name = modules(op)[impl]
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, layout: str | None = None) -> Choice:
@@ -124,7 +126,10 @@ def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, ro
     if key not in _CHOICES:
         _CHOICES[key] = _buckets(*key)
     buckets, beyond = _CHOICES[key]
-    return next((choice for up_to, choice in buckets if rows <= up_to), beyond)
+    for up_to, choice in buckets:
+        if rows <= up_to:
+            return choice
+    return beyond
 
 
 # Not functools.cache, of which Dynamo warns where it traces an operator's body.
