@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -105,7 +104,6 @@ def activation_backward_kernel(
 
 @functools.lru_cache(PLANS)
 def _plan(
-    kernel: Any,
     tile: tuple[int, int],
     m: int,
     n: int,
@@ -118,7 +116,7 @@ def _plan(
 ) -> Plan:
     strides = {} if grad_strides is None else {"stride_gb": grad_strides[0], "stride_gt": grad_strides[1]}
     return Plan(
-        kernel,
+        activation_backward_kernel if strides else activation_kernel,
         (-(-m // tile[0]), -(-n // tile[1])),
         M=m,
         N=n,
@@ -141,7 +139,7 @@ def _forward(h: torch.Tensor, activation: int, *, gated: bool = False) -> torch.
     y = h.new_empty((*h.shape[:-1], n)) if gated else torch.empty_like(h, memory_format=torch.contiguous_format)
     if m := y.numel() // n:
         p_h, tile = rows_of(h), (ROW_TILE, COLUMN_TILE)
-        plan = _plan(activation_kernel, tile, m, n, p_h.shape[1], p_h.stride(), None, h.dtype, activation, gated)
+        plan = _plan(tile, m, n, p_h.shape[1], p_h.stride(), None, h.dtype, activation, gated)
         plan.launch(y.device, lambda: ([h], [y]), p_h=p_h, p_y=y)
     return y
 
@@ -152,7 +150,7 @@ def _backward(grad: torch.Tensor, h: torch.Tensor, activation: int, *, gated: bo
     if m := grad.numel() // n:
         p_grad, p_h, tile = rows_of(grad), rows_of(h), (ROW_TILE, COLUMN_TILE)
         strides = p_h.stride(), p_grad.stride()
-        plan = _plan(activation_backward_kernel, tile, m, n, p_h.shape[1], *strides, h.dtype, activation, gated)
+        plan = _plan(tile, m, n, p_h.shape[1], *strides, h.dtype, activation, gated)
         plan.launch(dh.device, lambda: ([grad, h], [dh]), p_grad=p_grad, p_h=p_h, p_dh=dh)
     return dh
 

@@ -338,7 +338,7 @@ def add_norm_backward(
     every = -(-m // tile.bm)
     tiles = -(-every // PROGRAMS)
     programs = -(-every // max(tiles, 1))
-    dx, ddelta = (torch.empty_like(total, memory_format=torch.contiguous_format) if need else None for need in needs[:2])
+    dx, ddelta = [torch.empty_like(total, memory_format=torch.contiguous_format) if need else None for need in needs[:2]]
     partials = [total.new_empty((programs, channels), dtype=rstd.dtype) if need else None for need in needs[2:]]
     p_total, p_dnormed = rows_of(total), rows_of(dnormed)
     p_dtotal = p_dnormed if dtotal is None else rows_of(dtotal)
@@ -372,20 +372,19 @@ def add_norm_backward(
             p_dbias=missing if partials[1] is None else partials[1],
             p_dscale=missing if partials[2] is None else partials[2],
         )
-    sums = (None if partial is None else partial.sum(0) for partial in partials)
     like = (weight.dtype, weight.dtype, weight.dtype if scale is None else scale.dtype)
-    dweight, dbias, dscale = (None if s is None else s.to(dtype) for s, dtype in zip(sums, like, strict=True))
-    return [dx, ddelta, dweight, dbias, dscale]
+    sums = [None if partial is None else partial.sum(0).to(dtype) for partial, dtype in zip(partials, like, strict=True)]
+    return [dx, ddelta, *sums]
 
 
 def _launches(needs: Sequence[bool], tile: RowTile) -> list[Sequence[bool]]:
     """Return which gradients are made together."""
     dx, ddelta, dweight, dbias, dscale = needs
-    groups: list[Sequence[bool]] = [needs]
-    if tile.is_wide:
-        groups = [
-            (dx, ddelta, False, False, False),
-            (False, False, dweight, dbias, False),
-            (False, False, False, False, dscale),
-        ]
+    if not tile.is_wide:
+        return [needs] if any(needs) else []
+    groups = [
+        (dx, ddelta, False, False, False),
+        (False, False, dweight, dbias, False),
+        (False, False, False, False, dscale),
+    ]
     return [group for group in groups if any(group)]

@@ -129,9 +129,10 @@ def differentiate(
         setup_context(ctx, inputs, output)
 
     def differentiated(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        if all(grad is None for grad in grads[:results]):
-            return tuple([None] * len(needs) if isinstance(needs, (list, tuple)) else None for needs in ctx.needs_input_grad)
-        return backward(ctx, *grads[:results])
+        for grad in grads[:results]:
+            if grad is not None:
+                return backward(ctx, *grads[:results])
+        return tuple([None] * len(needs) if isinstance(needs, (list, tuple)) else None for needs in ctx.needs_input_grad)
 
     torch.library.register_autograd(f"laco::{name}", differentiated, setup_context=prepare, lib=LIBRARY)
 
@@ -212,12 +213,16 @@ def know_sharding() -> None:
 
 def dense(tensors: Iterable[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
     """Return what an operator returns, ``None`` included: contiguous tensors."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
 
 
 def needs_saving(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Return whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
