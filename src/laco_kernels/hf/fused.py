@@ -92,7 +92,6 @@ class Whole(NamedTuple):
     """The parameters of a :class:`Pack` as those of one layer: views, good while the parameters lie at these addresses."""
 
     addresses: list[int]
-    sizes: list[int]
     weight: torch.Tensor | None  # None where they are no one layer's
     bias: torch.Tensor | None
 
@@ -151,7 +150,7 @@ class Pack:
                 and all(are_packed(group) for group in groups if group)
             )
             views = [pack(group) if one and group else None for group in groups]
-            self.whole = whole = Whole(addresses, [len(weight) for weight in weights], *views)
+            self.whole = whole = Whole(addresses, *views)
         return whole
 
     def share(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:

@@ -17,7 +17,6 @@ import importlib
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,7 +116,9 @@ def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, layo
     if impl == AUTO:
         impl = choose(op, direction, like.device, like.dtype, rows, layout).impl
     name = modules(op)[impl]
-    return sys.modules.get(name) or importlib.import_module(name)
+    if name not in _LOADED:
+        _LOADED[name] = importlib.import_module(name)
+    return _LOADED[name]
 
 
 def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, layout: str | None = None) -> Choice:
@@ -132,6 +133,7 @@ def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, ro
     return beyond
 
 
+_LOADED: dict[str, ModuleType] = {}
 # Not functools.cache, of which Dynamo warns where it traces an operator's body.
 _CHOICES: dict[tuple[Any, ...], tuple[tuple[tuple[int, Choice], ...], Choice]] = {}
 

@@ -3,6 +3,10 @@
 Each has one body for CPU and CUDA, which asks :mod:`laco_kernels.kernels.select` for an implementation, and a fake for
 tracing. Backward is an operator of its own, so that ``torch.compile``, export, selective checkpointing and data parallelism
 see both; it has no derivative and says so.
+
+In a training step of a small batch the dispatcher's Python takes longer than a GPU takes for the work. So the layers of an
+encoder, which call operators by the dozen, call bodies and derivatives directly where nothing else would see the difference
+(:func:`is_direct`).
 """
 
 from __future__ import annotations
