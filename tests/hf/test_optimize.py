@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel
 
 import laco_kernels as lk
@@ -343,6 +344,56 @@ def test_a_training_run_takes_the_same_course():
             losses[impl].append(loss.item())
     assert losses[None][-1] < 0.5 * losses[None][0]
     assert losses["reference"] == pytest.approx(losses[None], rel=2e-2)
+
+
+@families
+def test_layers_call_the_operators_without_the_dispatcher(family):
+    model, x = made(family), pixels()
+    lk.hf.optimize(model, impl="reference")
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        features(model, x)
+        model(x).last_hidden_state.sum().backward()
+    assert not [event.name for event in seen.events() if event.name.startswith("laco::")]
+
+
+def test_shared_weights_are_one_view_until_they_move():
+    model, x = made("siglip"), pixels()
+    lk.hf.optimize(model, impl="reference")
+    expected = features(model, x)
+    packs = {id(m.pack): m.pack for m in model.modules() if type(m) is fused.PackedLinear}.values()
+    wholes = [pack.whole for pack in packs]
+    assert all(whole.weight.data_ptr() == pack.members[0].weight.data_ptr() for pack, whole in zip(packs, wholes, strict=True))
+    assert torch.equal(features(model, x), expected)
+    assert all(pack.whole is whole for pack, whole in zip(packs, wholes, strict=True))
+    with torch.no_grad():
+        for pack in packs:
+            pack.members[1].weight.mul_(2)  # in place: the view sees it
+    changed = features(model, x)
+    assert not torch.allclose(changed, expected)
+    model.to(torch.float32)
+    assert all(pack.whole is None for pack in packs), "a view keeps the memory that the parameters left"
+    model.to(torch.float64)
+    torch.testing.assert_close(features(model, x), changed, rtol=1e-4, atol=1e-4)
+    for pack in packs:  # one of them elsewhere
+        pack.members[2].bias.data = pack.members[2].bias.data + 1
+    assert not torch.allclose(features(model, x), changed, rtol=1e-3)
+    assert all(pack.whole.weight is None for pack in packs)
+
+
+def test_frozen_layers_and_trained_ones_in_one_pack():
+    gradients = []
+    for optimised in (False, True):
+        model, x = made("clip"), pixels()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("k_proj" in name or name.endswith("q_proj.bias"))
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        model(x).last_hidden_state.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert (expected is None) == (gradients[1][name] is None), name
+        if expected is not None:
+            torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_an_adapter_in_the_place_of_a_layer():

@@ -3,12 +3,15 @@
 Each is a subclass of a stock class and takes its place by ``module.__class__ = ...``: parameters, names, hooks and children
 stay what they are. Wherever a precondition fails, when it is called, the stock ``forward`` runs: a hook on a module that
 would be passed over, an adapter in its place, a device or dtype without a kernel.
+
+What Python does for a layer takes longer than a GPU takes for a small batch, so the operators are called by their ``run_*``,
+which skips validation and dispatcher where it can.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -25,9 +28,10 @@ from laco_kernels.hf.encoders import (
     LacoSiglipEncoderLayer,
 )
 from laco_kernels.kernels import select
-from laco_kernels.ops import activate, add_norm, gated_silu, packed_linear
+from laco_kernels.ops.activation import run_activate, run_gated_silu
+from laco_kernels.ops.add_norm import run_add_norm
 from laco_kernels.ops.checks import autocast_dtype
-from laco_kernels.ops.packed_linear import are_packed
+from laco_kernels.ops.packed_linear import are_packed, pack, packed_linear, run_packed_linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,8 +79,7 @@ class FusedRMSNorm(Fused):
         impl = None if lowered else implementation(self, "add_norm", hidden_states, "rms")
         if impl is None:
             return super().forward(hidden_states)
-        eps = self.variance_epsilon
-        return add_norm(hidden_states, None, self.weight, kind="rms", eps=eps, impl=impl)[1]
+        return run_add_norm(hidden_states, None, self.weight, None, None, "rms", self.variance_epsilon, impl)[1]
 
 
 class FusedAimv2RMSNorm(FusedRMSNorm, Aimv2RMSNorm):
@@ -90,6 +93,14 @@ class FusedInternVLVisionRMSNorm(FusedRMSNorm, InternVLVisionRMSNorm):
 RMS_NORMS = (Aimv2RMSNorm, InternVLVisionRMSNorm, FusedAimv2RMSNorm, FusedInternVLVisionRMSNorm)
 
 
+class Whole(NamedTuple):
+    """The parameters of a :class:`Pack` as those of one layer: views, good while the parameters lie at these addresses."""
+
+    addresses: list[int]
+    weight: torch.Tensor | None  # None where they are no one layer's
+    bias: torch.Tensor | None
+
+
 class Pack:
     """Linear layers that are called one after the other on the same input, by code that does not know of each other.
 
@@ -99,10 +110,11 @@ class Pack:
     def __init__(self, members: Sequence[nn.Linear]) -> None:
         self.members: list[Any] = list(members)
         self.waiting: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}  # by thread: the input, shares by member
+        self.whole: Whole | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without what waits for a call."""
-        return {"members": self.members, "waiting": {}}
+        """Copy and pickle without what waits for a call and without views, which would be copied as tensors of their own."""
+        return {"members": self.members, "waiting": {}, "whole": None}
 
     def is_usable(self, x: torch.Tensor) -> bool:
         """Return whether the layers have plain parameters, on the device of ``x`` and packed in memory."""
@@ -116,20 +128,46 @@ class Pack:
             and (torch.compiler.is_compiling() or are_packed(weights))
         )
 
-    def outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return what every layer makes of ``x``, views of one tensor."""
+    def product(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return what the layers make of ``x`` side by side, or ``None`` where each has to compute by itself."""
+        if not torch.compiler.is_compiling() and (x.is_cuda or self.members[0].impl is not None):
+            tables = [member._parameters for member in self.members]  # a module's own look-up takes its time
+            weights = [table.get("weight") for table in tables]
+            biases = [bias for table in tables if (bias := table.get("bias")) is not None]
+            if all(type(parameter) is nn.Parameter for parameter in (*weights, *biases)):
+                whole = self._look(weights, biases)
+                if whole.weight is not None and whole.weight.device == x.device:
+                    return run_packed_linear(x, whole.weight, whole.bias, weights, biases)
+        if not self.is_usable(x):
+            return None
         biases = [member.bias for member in self.members if member.bias is not None]
-        y = packed_linear(x, [member.weight for member in self.members], biases)
-        return y.split([member.out_features for member in self.members], dim=-1)
+        return packed_linear(x, [member.weight for member in self.members], biases)
+
+    def _look(self, weights: list[Any], biases: list[Any]) -> Whole:
+        """Return the parameters as those of one layer, anew where they have moved."""
+        whole, addresses = self.whole, [parameter.data_ptr() for parameter in (*weights, *biases)]
+        if whole is None or whole.addresses != addresses:
+            groups = [[parameter.detach() for parameter in group] for group in (weights, biases)]
+            like = (weights[0].dtype, weights[0].device)
+            one = (
+                all((parameter.dtype, parameter.device) == like for parameter in (*weights, *biases))
+                and len(biases) in (0, len(weights))
+                and all(are_packed(group) for group in groups if group)
+            )
+            views = [pack(group) if one and group else None for group in groups]
+            self.whole = whole = Whole(addresses, *views)
+        return whole
 
     def share(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Return what ``member`` makes of ``x``, or ``None`` where it has to compute it by itself."""
         thread = threading.get_ident()
         given, shares = self.waiting.pop(thread, (None, {}))
         if given is not x or id(member) not in shares:
-            if not self.is_usable(x):
+            y = self.product(x)
+            if y is None:
                 return None
-            shares = dict(zip(map(id, self.members), self.outputs(x), strict=True))
+            outputs = y.split_with_sizes([member.out_features for member in self.members], -1)
+            shares = dict(zip(map(id, self.members), outputs, strict=True))
         mine = shares.pop(id(member))
         if shares:
             self.waiting[thread] = x, shares
@@ -147,6 +185,10 @@ class PackedLinear(Fused, nn.Linear):
         share = None if torch.compiler.is_compiling() else self.pack.share(self, x)
         return super().forward(x) if share is None else share
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.pack.whole = None  # lest a view keeps memory that the parameters leave
+        return super()._apply(*args, **kwargs)
+
 
 class FusedAimv2MLP(Fused, Aimv2MLP):
     """SwiGLU with gate and up in one product and their gating in one pass."""
@@ -161,10 +203,10 @@ class FusedAimv2MLP(Fused, Aimv2MLP):
         layers = (self.gate_proj, self.up_proj)
         impl = implementation(self, "gated_silu", x)
         plain = all(is_plain(layer, PackedLinear) for layer in layers) and not is_watched(self.act_fn)
-        if impl is None or not plain or not self.gate_proj.pack.is_usable(x):
+        h = self.gate_proj.pack.product(x) if plain and impl is not None else None
+        if h is None or impl is None:
             return super().forward(x)
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return self.down_proj(gated_silu(packed_linear(x, [layer.weight for layer in layers], biases), impl=impl))
+        return self.down_proj(run_gated_silu(h, impl))
 
 
 class FusedQuickGELU(Fused, QuickGELUActivation):
@@ -173,7 +215,7 @@ class FusedQuickGELU(Fused, QuickGELUActivation):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply it to ``[..., F]``."""
         impl = implementation(self, "activate", x, "quick_gelu")
-        return super().forward(x) if impl is None else activate(x, activation="quick_gelu", impl=impl)
+        return super().forward(x) if impl is None else run_activate(x, "quick_gelu", impl)
 
 
 class FusedSiglipMLP(Fused, SiglipMLP):
@@ -242,15 +284,15 @@ class FusedLayer(Fused):
             return super().forward(hidden_states, *args, **kwargs)
         attended = getattr(self, self.attention_name)(norm1(hidden_states), *args, **kwargs)[0]
         scale1, scale2 = (None, None) if self.scales is None else (getattr(self, name) for name in self.scales)
-        total, normed = add_norm(
+        total, normed = run_add_norm(
             hidden_states,
             attended,
             norm2.weight,
             norm2.bias if is_layer else None,
-            scale=scale1,
-            kind=kind,
-            eps=norm2.eps if is_layer else norm2.variance_epsilon,
-            impl=impl,
+            scale1,
+            kind,
+            norm2.eps if is_layer else norm2.variance_epsilon,
+            impl,
         )
         made = getattr(self, self.mlp_name)(normed)
         if scale2 is None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
 
+import torch
 import triton
 import triton.language as tl
 
 from laco_kernels.kernels.activation import ERF, TANH, gelu_and_derivative
-from laco_kernels.kernels.launch import accumulator, is_cheap, launch
+from laco_kernels.kernels.launch import PLANS, Plan, accumulator, is_cheap
 from laco_kernels.kernels.rows import rows_of
-
-if TYPE_CHECKING:
-    import torch
 
 QUICK, SILU = 3, 4  # beside ERF and TANH
 ACTIVATIONS = {"gelu": ERF, "gelu_tanh": TANH, "quick_gelu": QUICK}
@@ -104,62 +102,56 @@ def activation_backward_kernel(
     tl.store(p_out, (b_grad * b_slope).to(p_dh.dtype.element_ty), mask=m_tile)
 
 
+@functools.lru_cache(PLANS)
+def _plan(
+    tile: tuple[int, int],
+    m: int,
+    n: int,
+    rows: int,
+    h_strides: tuple[int, ...],
+    grad_strides: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    activation: int,
+    gated: bool,
+) -> Plan:
+    strides = {} if grad_strides is None else {"stride_gb": grad_strides[0], "stride_gt": grad_strides[1]}
+    return Plan(
+        activation_backward_kernel if strides else activation_kernel,
+        (-(-m // tile[0]), -(-n // tile[1])),
+        M=m,
+        N=n,
+        rows=rows,
+        **strides,
+        stride_hb=h_strides[0],
+        stride_ht=h_strides[1],
+        ACTIVATION=activation,
+        GATED=gated,
+        CHEAP=is_cheap(dtype),
+        ACC=accumulator(dtype),
+        BM=tile[0],
+        BN=tile[1],
+        num_warps=4,
+    )
+
+
 def _forward(h: torch.Tensor, activation: int, *, gated: bool = False) -> torch.Tensor:
     n = h.shape[-1] // (2 if gated else 1)
-    y = h.new_empty(*h.shape[:-1], n)
+    y = h.new_empty((*h.shape[:-1], n)) if gated else torch.empty_like(h, memory_format=torch.contiguous_format)
     if m := y.numel() // n:
-        p_h = rows_of(h)
-        launch(
-            activation_kernel,
-            (triton.cdiv(m, ROW_TILE), triton.cdiv(n, COLUMN_TILE)),
-            y.device,
-            lambda: ([h], [y]),
-            p_h=p_h,
-            p_y=y,
-            M=m,
-            N=n,
-            rows=p_h.shape[1],
-            stride_hb=p_h.stride(0),
-            stride_ht=p_h.stride(1),
-            ACTIVATION=activation,
-            GATED=gated,
-            CHEAP=is_cheap(h.dtype),
-            ACC=accumulator(h.dtype),
-            BM=ROW_TILE,
-            BN=COLUMN_TILE,
-            num_warps=4,
-        )
+        p_h, tile = rows_of(h), (ROW_TILE, COLUMN_TILE)
+        plan = _plan(tile, m, n, p_h.shape[1], p_h.stride(), None, h.dtype, activation, gated)
+        plan.launch(y.device, lambda: ([h], [y]), p_h=p_h, p_y=y)
     return y
 
 
 def _backward(grad: torch.Tensor, h: torch.Tensor, activation: int, *, gated: bool = False) -> torch.Tensor:
     n = grad.shape[-1]
-    dh = h.new_empty(h.shape)
+    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
     if m := grad.numel() // n:
-        p_grad, p_h = rows_of(grad), rows_of(h)
-        launch(
-            activation_backward_kernel,
-            (triton.cdiv(m, ROW_TILE), triton.cdiv(n, COLUMN_TILE)),
-            dh.device,
-            lambda: ([grad, h], [dh]),
-            p_grad=p_grad,
-            p_h=p_h,
-            p_dh=dh,
-            M=m,
-            N=n,
-            rows=p_h.shape[1],
-            stride_gb=p_grad.stride(0),
-            stride_gt=p_grad.stride(1),
-            stride_hb=p_h.stride(0),
-            stride_ht=p_h.stride(1),
-            ACTIVATION=activation,
-            GATED=gated,
-            CHEAP=is_cheap(h.dtype),
-            ACC=accumulator(h.dtype),
-            BM=ROW_TILE,
-            BN=COLUMN_TILE,
-            num_warps=4,
-        )
+        p_grad, p_h, tile = rows_of(grad), rows_of(h), (ROW_TILE, COLUMN_TILE)
+        strides = p_h.stride(), p_grad.stride()
+        plan = _plan(tile, m, n, p_h.shape[1], *strides, h.dtype, activation, gated)
+        plan.launch(dh.device, lambda: ([grad, h], [dh]), p_grad=p_grad, p_h=p_h, p_dh=dh)
     return dh
 
 

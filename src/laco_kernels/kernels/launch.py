@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
+from triton.compiler import CompiledKernel
 
 from laco_kernels.kernels.activation import ERF, TANH
 from laco_kernels.kernels.passes import COMPILERS, LISTENERS, announce
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from laco_kernels.kernels.passes import Tensors
 
 INTERPRETED = interpreted()
+PLANS = 4096  # of a kernel, to keep: one for each set of sizes and strides
+ALIGNMENT = 16  # bytes; Triton compiles a kernel anew for an address that is no multiple
 
 
 def launch(
@@ -41,6 +44,44 @@ def launch(
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
         kernel[programs](**arguments)
+
+
+class Plan:
+    """A kernel with its grid and all arguments but the tensors; the tensors' parameters come first in its signature.
+
+    Triton looks at every argument of every call to find what it has compiled, which takes several times as long as a launch. A
+    plan, kept for the calls of the same sizes, strides and options, remembers what Triton found for tensors of these dtypes.
+    """
+
+    def __init__(self, kernel: Any, programs: tuple[int, ...], **arguments: Any) -> None:
+        self.kernel = kernel
+        self.programs = programs
+        self.arguments = arguments
+        self.values = [arguments[name] for name in kernel.arg_names if name in arguments]
+        self.compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def launch(self, device: torch.device, touches: Callable[[], tuple[Tensors, Tensors]], **tensors: torch.Tensor) -> None:
+        """Run the kernel, as :func:`launch`; ``tensors`` are in the order of its signature."""
+        if LISTENERS or INTERPRETED or device.type == "meta":
+            launch(self.kernel, self.programs, device, touches, **tensors, **self.arguments)
+            return
+        # Triton launches on the current device, whatever device its arguments are on.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(device, touches, **tensors)
+            return
+        key: list[Any] = [device.index]
+        addresses = 0
+        for tensor in tensors.values():
+            addresses |= tensor.data_ptr()
+            key.append(tensor.dtype)
+        compiled = None if addresses % ALIGNMENT else self.compiled.get(tuple(key))
+        if compiled is not None:
+            compiled(*tensors.values(), *self.values)
+            return
+        made = self.kernel[self.programs](**tensors, **self.arguments)
+        if addresses % ALIGNMENT == 0 and isinstance(made, CompiledKernel):
+            self.compiled[tuple(key)] = made[(*self.programs, 1, 1)[:3]]
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
-from laco_kernels.kernels.launch import accumulator, accumulator_torch, launch
+from laco_kernels.kernels.launch import PLANS, Plan, accumulator, accumulator_torch
 from laco_kernels.kernels.rows import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 # Programs of the backward kernel at most, as each leaves sums of its own: three for each multiprocessor of a large GPU.
 PROGRAMS = 396
@@ -43,6 +42,7 @@ class RowTile(NamedTuple):
         return min(168, 2048 // self.num_warps)
 
 
+@functools.cache
 def row_tile(channels: int) -> RowTile:
     """Return rows of the next power of two, 16 numbers of a tensor to a thread."""
     bc = triton.next_power_of_2(channels)
@@ -198,6 +198,45 @@ def add_norm_backward_kernel(
         tl.store(p_dscale + o_sum, tl.sum(b_dscale, 0), mask=m_c)
 
 
+@functools.lru_cache(PLANS)
+def _plan(
+    tile: RowTile,
+    m: int,
+    rows: int,
+    x_strides: tuple[int, ...],
+    delta_strides: tuple[int, ...],
+    given: tuple[bool, bool, bool],
+    channels: int,
+    dtype: torch.dtype,
+    kind: str,
+    eps: float,
+    save: bool,
+) -> Plan:
+    return Plan(
+        add_norm_kernel,
+        (-(-m // tile.bm),),
+        M=m,
+        channels=channels,
+        rows=rows,
+        stride_xb=x_strides[0],
+        stride_xt=x_strides[1],
+        stride_db=delta_strides[0],
+        stride_dt=delta_strides[1],
+        HAS_DELTA=given[0],
+        HAS_SCALE=given[1],
+        HAS_BIAS=given[2],
+        CENTRED=kind == "layer",
+        SAVE=save,
+        EPS=eps,
+        ACC=accumulator(dtype),
+        BM=tile.bm,
+        BC=tile.bc,
+        num_warps=tile.num_warps,
+        maxnreg=tile.max_registers if tile.is_wide else None,
+        enable_fp_fusion=CONTRACT,
+    )
+
+
 def add_norm_forward(
     x: torch.Tensor,
     delta: torch.Tensor | None,
@@ -212,17 +251,17 @@ def add_norm_forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """See :func:`laco_kernels.reference_tower.add_norm_forward`; without ``save`` there are no statistics."""
     channels, wide = x.shape[-1], accumulator_torch(x.dtype)
-    total = None if delta is None else x.new_empty(x.shape)
-    normed = x.new_empty(x.shape, dtype=dtype)
+    total = None if delta is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     mean = x.new_empty(x.shape[:-1], dtype=wide) if save and kind == "layer" else None
     rstd = x.new_empty(x.shape[:-1], dtype=wide) if save else None
     m, tile = x.numel() // channels, row_tile(channels)
     if m:
         p_x = rows_of(x)
         p_delta = p_x if delta is None else rows_of(delta)
-        launch(
-            add_norm_kernel,
-            (triton.cdiv(m, tile.bm),),
+        given = (delta is not None, scale is not None, bias is not None)
+        plan = _plan(tile, m, p_x.shape[1], p_x.stride(), p_delta.stride(), given, channels, x.dtype, kind, eps, save)
+        plan.launch(
             normed.device,
             lambda: ([x, delta, weight, bias, scale], [total, normed, mean, rstd]),
             p_x=p_x,
@@ -234,27 +273,52 @@ def add_norm_forward(
             p_normed=normed,
             p_mean=normed if mean is None else mean,
             p_rstd=normed if rstd is None else rstd,
-            M=m,
-            channels=channels,
-            rows=p_x.shape[1],
-            stride_xb=p_x.stride(0),
-            stride_xt=p_x.stride(1),
-            stride_db=p_delta.stride(0),
-            stride_dt=p_delta.stride(1),
-            HAS_DELTA=delta is not None,
-            HAS_SCALE=scale is not None,
-            HAS_BIAS=bias is not None,
-            CENTRED=kind == "layer",
-            SAVE=save,
-            EPS=eps,
-            ACC=accumulator(x.dtype),
-            BM=tile.bm,
-            BC=tile.bc,
-            num_warps=tile.num_warps,
-            maxnreg=tile.max_registers if tile.is_wide else None,
-            enable_fp_fusion=CONTRACT,
         )
     return total, normed, mean, rstd
+
+
+@functools.lru_cache(PLANS)
+def _backward_plan(
+    tile: RowTile,
+    m: int,
+    rows: int,
+    channels: int,
+    programs: int,
+    tiles: int,
+    strides: tuple[tuple[int, ...], ...],
+    given: tuple[bool, bool],
+    wanted: tuple[bool, ...],
+    dtype: torch.dtype,
+) -> Plan:
+    return Plan(
+        add_norm_backward_kernel,
+        (programs,),
+        M=m,
+        channels=channels,
+        rows=rows,
+        tiles=tiles,
+        stride_tb=strides[0][0],
+        stride_tt=strides[0][1],
+        stride_nb=strides[1][0],
+        stride_nt=strides[1][1],
+        stride_xb=strides[2][0],
+        stride_xt=strides[2][1],
+        stride_db=strides[3][0],
+        stride_dt=strides[3][1],
+        HAS_DTOTAL=given[0],
+        CENTRED=given[1],
+        DX=wanted[0],
+        DDELTA=wanted[1],
+        DWEIGHT=wanted[2],
+        DBIAS=wanted[3],
+        DSCALE=wanted[4],
+        ACC=accumulator(dtype),
+        BM=tile.bm,
+        BC=tile.bc,
+        num_warps=tile.num_warps,
+        maxnreg=tile.max_registers,
+        enable_fp_fusion=CONTRACT,
+    )
 
 
 def add_norm_backward(
@@ -271,13 +335,15 @@ def add_norm_backward(
     """See :func:`laco_kernels.reference_tower.add_norm_backward`."""
     channels = total.shape[-1]
     m, tile = total.numel() // channels, row_tile(channels)
-    tiles = triton.cdiv(triton.cdiv(m, tile.bm), PROGRAMS)
-    programs = triton.cdiv(triton.cdiv(m, tile.bm), max(tiles, 1))
-    dx, ddelta = (total.new_empty(total.shape) if need else None for need in needs[:2])
+    every = -(-m // tile.bm)
+    tiles = -(-every // PROGRAMS)
+    programs = -(-every // max(tiles, 1))
+    dx, ddelta = [torch.empty_like(total, memory_format=torch.contiguous_format) if need else None for need in needs[:2]]
     partials = [total.new_empty((programs, channels), dtype=rstd.dtype) if need else None for need in needs[2:]]
     p_total, p_dnormed = rows_of(total), rows_of(dnormed)
     p_dtotal = p_dnormed if dtotal is None else rows_of(dtotal)
     p_delta = p_dnormed if delta is None else rows_of(delta)
+    strides = (p_dtotal.stride(), p_dnormed.stride(), p_total.stride(), p_delta.stride())
     missing = p_dnormed  # an argument that the gradients asked for do not touch
 
     def touches(wanted: Sequence[bool]) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
@@ -287,9 +353,9 @@ def add_norm_backward(
         return reads, [tensor if want else None for tensor, want in zip((dx, ddelta, *partials), wanted, strict=True)]
 
     for wanted in _launches(needs, tile) if m else []:
-        launch(
-            add_norm_backward_kernel,
-            (programs,),
+        given = (dtotal is not None, mean is not None)
+        plan = _backward_plan(tile, m, p_total.shape[1], channels, programs, tiles, strides, given, tuple(wanted), total.dtype)
+        plan.launch(
             total.device,
             functools.partial(touches, wanted),
             p_dtotal=p_dtotal,
@@ -305,46 +371,20 @@ def add_norm_backward(
             p_dweight=missing if partials[0] is None else partials[0],
             p_dbias=missing if partials[1] is None else partials[1],
             p_dscale=missing if partials[2] is None else partials[2],
-            M=m,
-            channels=channels,
-            rows=p_total.shape[1],
-            tiles=tiles,
-            stride_tb=p_dtotal.stride(0),
-            stride_tt=p_dtotal.stride(1),
-            stride_nb=p_dnormed.stride(0),
-            stride_nt=p_dnormed.stride(1),
-            stride_xb=p_total.stride(0),
-            stride_xt=p_total.stride(1),
-            stride_db=p_delta.stride(0),
-            stride_dt=p_delta.stride(1),
-            HAS_DTOTAL=dtotal is not None,
-            CENTRED=mean is not None,
-            DX=wanted[0],
-            DDELTA=wanted[1],
-            DWEIGHT=wanted[2],
-            DBIAS=wanted[3],
-            DSCALE=wanted[4],
-            ACC=accumulator(total.dtype),
-            BM=tile.bm,
-            BC=tile.bc,
-            num_warps=tile.num_warps,
-            maxnreg=tile.max_registers,
-            enable_fp_fusion=CONTRACT,
         )
-    sums = (None if partial is None else partial.sum(0) for partial in partials)
     like = (weight.dtype, weight.dtype, weight.dtype if scale is None else scale.dtype)
-    dweight, dbias, dscale = (None if s is None else s.to(dtype) for s, dtype in zip(sums, like, strict=True))
-    return [dx, ddelta, dweight, dbias, dscale]
+    sums = [None if partial is None else partial.sum(0).to(dtype) for partial, dtype in zip(partials, like, strict=True)]
+    return [dx, ddelta, *sums]
 
 
 def _launches(needs: Sequence[bool], tile: RowTile) -> list[Sequence[bool]]:
     """Return which gradients are made together."""
     dx, ddelta, dweight, dbias, dscale = needs
-    groups: list[Sequence[bool]] = [needs]
-    if tile.is_wide:
-        groups = [
-            (dx, ddelta, False, False, False),
-            (False, False, dweight, dbias, False),
-            (False, False, False, False, dscale),
-        ]
+    if not tile.is_wide:
+        return [needs] if any(needs) else []
+    groups = [
+        (dx, ddelta, False, False, False),
+        (False, False, dweight, dbias, False),
+        (False, False, False, False, dscale),
+    ]
     return [group for group in groups if any(group)]

@@ -13,5 +13,6 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
     ``T`` is the last dimension but one, so a sequence without its class token is a view, of any batch.
     """
-    x = x.flatten(0, -3) if x.dim() > 2 else x[(None,) * (3 - x.dim())]
+    if x.dim() != 3:
+        x = x.flatten(0, -3) if x.dim() > 2 else x[(None,) * (3 - x.dim())]
     return x if x.stride(2) == 1 or x.shape[2] < 2 else x.contiguous()

@@ -174,7 +174,10 @@ def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, form
     """
     if impl == AUTO:
         impl = choose(op, direction, like.device, like.dtype, rows, form).impl
-    return importlib.import_module(modules(op)[impl])
+    name = modules(op)[impl]
+    if name not in _LOADED:
+        _LOADED[name] = importlib.import_module(name)
+    return _LOADED[name]
 
 
 def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, form: str | None = None) -> Choice:
@@ -183,9 +186,13 @@ def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, ro
     if key not in _CHOICES:
         _CHOICES[key] = _buckets(*key)
     buckets, beyond = _CHOICES[key]
-    return next((choice for up_to, choice in buckets if rows <= up_to), beyond)
+    for up_to, choice in buckets:
+        if rows <= up_to:
+            return choice
+    return beyond
 
 
+_LOADED: dict[str, ModuleType] = {}
 # Not functools.cache, of which Dynamo warns where it traces an operator's body.
 _CHOICES: dict[tuple[Any, ...], tuple[tuple[tuple[int, Choice], ...], Choice]] = {}
 

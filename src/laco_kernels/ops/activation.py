@@ -59,6 +59,20 @@ def activate(h: torch.Tensor, *, activation: str = "gelu", impl: str | None = No
     return torch.ops.laco.activate(h, activation, select.check(impl, h.device, h.dtype, "activate"))
 
 
+def run_gated_silu(h: torch.Tensor, impl: str) -> torch.Tensor:
+    """:func:`gated_silu` inside an encoder: without the dispatcher where nothing else looks."""
+    if not library.is_direct(h) or not h.numel() or h.shape[-1] % 2 or not library.can_run("gated_silu", impl, h):
+        return gated_silu(h, impl=impl)
+    return (_gated_silu_differentiable if library.needs_saving((h,)) else _gated_silu)(h, impl)
+
+
+def run_activate(h: torch.Tensor, activation: str, impl: str) -> torch.Tensor:
+    """:func:`activate` inside an encoder: without the dispatcher where nothing else looks."""
+    if not library.is_direct(h) or not h.numel() or not library.can_run("activate", impl, h):
+        return activate(h, activation=activation, impl=impl)
+    return (_activate_differentiable if library.needs_saving((h,)) else _activate)(h, activation, impl)
+
+
 def _check_pair(h: torch.Tensor) -> None:
     checks.check_channels("h", h)
     if h.shape[-1] % 2:
@@ -107,18 +121,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _differentiate_gated_silu(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return torch.ops.laco.gated_silu_backward(grad, *ctx.saved_tensors, *ctx.settings), None
+    (h,) = ctx.saved_tensors
+    direct = not torch.is_grad_enabled() and library.is_direct(h, grad)
+    return (_gated_silu_backward if direct else torch.ops.laco.gated_silu_backward)(grad, h, *ctx.settings), None
 
 
 def _differentiate_activate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return torch.ops.laco.activate_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None
+    (h,) = ctx.saved_tensors
+    direct = not torch.is_grad_enabled() and library.is_direct(h, grad)
+    return (_activate_backward if direct else torch.ops.laco.activate_backward)(grad, h, *ctx.settings), None, None
 
 
 library.define("gated_silu(Tensor h, str impl) -> Tensor", _gated_silu, _gated_silu_fake)
 library.define("gated_silu_backward(Tensor grad, Tensor h, str impl) -> Tensor", _gated_silu_backward, _backward_fake)
-library.differentiate("gated_silu", _setup_context, _differentiate_gated_silu)
+_gated_silu_differentiable = library.differentiate("gated_silu", _setup_context, _differentiate_gated_silu, body=_gated_silu)
 library.define("activate(Tensor h, str activation, str impl) -> Tensor", _activate, _activate_fake)
 library.define(
     "activate_backward(Tensor grad, Tensor h, str activation, str impl) -> Tensor", _activate_backward, _backward_fake
 )
-library.differentiate("activate", _setup_context, _differentiate_activate)
+_activate_differentiable = library.differentiate("activate", _setup_context, _differentiate_activate, body=_activate)

@@ -72,6 +72,38 @@ def add_norm(
     return x if delta is None else total, normed
 
 
+def run_add_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    kind: str,
+    eps: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_norm` inside an encoder, which calls it dozens of times: without the dispatcher where nothing else looks.
+
+    Only what varies from call to call is looked at; where it is not as usual the public function sees to it.
+    """
+    shape, vector = x.shape, x.shape[-1:]
+    if (
+        not library.is_direct(x, delta, weight, bias, scale)
+        or not x.numel()
+        or (scale is not None if delta is None else delta.shape != shape)
+        or weight is None
+        or weight.shape != vector
+        or (bias is not None and bias.shape != vector)
+        or (scale is not None and scale.shape != vector)
+        or not library.can_run("add_norm", impl, x)
+    ):
+        return add_norm(x, delta, weight, bias, scale=scale, kind=kind, eps=eps, impl=impl)
+    save = library.needs_saving((x, delta, weight, bias, scale))
+    run: Any = _differentiable if save else _compute
+    made = run(x, delta, weight, bias, scale, x.dtype, kind, float(eps), impl, save)
+    return x if delta is None else made[0], made[1]
+
+
 def _check_eps(eps: object) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(complaint("eps", repr(eps), "a number of at least 0", "Pass the norm's own, e.g. eps=1e-6"))
@@ -109,12 +141,16 @@ def _check_vector(name: str, tensor: Any, channels: int) -> None:
 SETTINGS = "ScalarType dtype, str kind, float eps, str impl"
 
 
-def _forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+def _compute(*inputs: Any) -> tuple[torch.Tensor | None, ...]:
     *tensors, dtype, kind, eps, impl, save = inputs
     x = tensors[0]
     module = select.load(impl, "add_norm", "forward", x, x.numel() // x.shape[-1], kind)
     total, normed, *statistics = module.add_norm_forward(*tensors, kind=kind, eps=eps, dtype=dtype, save=save)
-    return library.present((total, normed, *(statistics if save else (None, None))), x)
+    return library.dense((total, normed, *(statistics if save else (None, None))))
+
+
+def _forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    return library.present(_compute(*inputs), inputs[0])
 
 
 def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -127,11 +163,15 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
     return total, normed, mean if kind == "layer" else x.new_empty(0), rstd
 
 
-def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+def _compute_backward(*inputs: Any) -> tuple[torch.Tensor | None, ...]:
     *tensors, _, kind, _, impl, needs = inputs
     total = tensors[2]
     module = select.load(impl, "add_norm", "backward", total, total.numel() // total.shape[-1], kind)
-    return library.present(module.add_norm_backward(*tensors, needs), total)
+    return library.dense(module.add_norm_backward(*tensors, needs))
+
+
+def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    return library.present(_compute_backward(*inputs), inputs[2])
 
 
 def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -157,8 +197,10 @@ def _differentiate(ctx: Any, dtotal: torch.Tensor | None, dnormed: torch.Tensor 
         dnormed, weight_needs, bias_needs = torch.zeros_like(total), False, False
     plain = delta_needs and scale is None  # its gradient is that of x
     needs = [x_needs or plain, delta_needs and not plain, weight_needs, bias_needs, scale_needs]
-    gradients = torch.ops.laco.add_norm_backward(
-        dnormed, dtotal if ctx.has_delta else None, total, delta, mean, rstd, weight, scale, *ctx.settings, needs
+    dtotal = dtotal if ctx.has_delta else None
+    direct = not torch.is_grad_enabled() and library.is_direct(total, dnormed, dtotal, delta, weight, scale)
+    gradients = (_compute_backward if direct else torch.ops.laco.add_norm_backward)(
+        dnormed, dtotal, total, delta, mean, rstd, weight, scale, *ctx.settings, needs
     )
     dx, ddelta, *others = library.asked_for(gradients, needs)
     return dx if x_needs else None, dx if plain else ddelta, *others, *[None] * (len(ctx.settings) + 1)
@@ -176,4 +218,4 @@ library.define(
     _backward,
     _backward_fake,
 )
-library.differentiate("add_norm", _setup_context, _differentiate, results=2)
+_differentiable = library.differentiate("add_norm", _setup_context, _differentiate, results=2, body=_compute)

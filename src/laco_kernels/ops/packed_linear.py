@@ -44,6 +44,24 @@ def packed_linear(
     return torch.ops.laco.packed_linear(x, list(weights), list(biases or ()), checks.autocast_dtype(x))
 
 
+def run_packed_linear(
+    x: torch.Tensor,
+    whole: torch.Tensor,
+    whole_bias: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """:func:`packed_linear` inside an encoder, which keeps :func:`pack` of ``weights`` and ``biases``, detached.
+
+    Without the dispatcher where nothing else looks.
+    """
+    if not library.is_direct(x, whole, whole_bias) or x.shape[-1:] != whole.shape[1:]:
+        return packed_linear(x, weights, biases)
+    if library.needs_saving((x, *weights, *biases)):
+        return _Direct.apply(x, whole, whole_bias, len(weights), *weights, *biases)
+    return F.linear(x, whole, whole_bias)
+
+
 def are_packed(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether contiguous tensors lie behind each other in one piece of memory."""
     first = tensors[0]
@@ -100,12 +118,18 @@ def _forward_fake(x: torch.Tensor, weights: list[torch.Tensor], biases: list[tor
 def _backward(
     grad: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
 ) -> tuple[torch.Tensor, ...]:
-    rows, weight = grad.reshape(-1, grad.shape[-1]), pack(weights)
+    return library.present(_compute_backward(grad, x, pack(weights), bias_dtype, needs), grad)
+
+
+def _compute_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_dtype: torch.dtype, needs: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    rows = grad.reshape(-1, grad.shape[-1])
     dx = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs[0] else None
     dweight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype) if needs[1] else None
     wide = torch.promote_types(grad.dtype, torch.float32)
     dbias = rows.sum(0, dtype=wide).to(bias_dtype) if needs[2] else None
-    return library.present((dx, dweight, dbias), grad)
+    return dx, dweight, dbias
 
 
 def _backward_fake(
@@ -135,6 +159,36 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     dweights = [None] * len(ctx.sizes) if dweight is None else list(dweight.split(ctx.sizes))
     dbiases = [None] * len(ctx.sizes) if dbias is None else list(dbias.split(ctx.sizes))
     return dx, dweights, dbiases if ctx.has_biases else [], None
+
+
+class _Direct(torch.autograd.Function):
+    """The same derivative for :func:`run_packed_linear`, which has lists of tensors taken apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, whole: torch.Tensor, whole_bias: torch.Tensor | None, n: int, *parts: Any) -> Any:
+        ctx.whole, ctx.n, ctx.bias_dtype = whole, n, whole.dtype if whole_bias is None else whole_bias.dtype
+        ctx.sizes, ctx.addresses = [part.shape[0] for part in parts[:n]], [part.data_ptr() for part in parts[:n]]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *parts[:n])
+        return F.linear(x, whole, whole_bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs_x, _, _, _, *others = ctx.needs_input_grad
+        n, needs = ctx.n, [needs_x, any(others[: ctx.n]), any(others[ctx.n :])]
+        x, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled() or not library.is_direct(x, grad, *weights):
+            made = torch.ops.laco.packed_linear_backward(grad.contiguous(), x, weights, ctx.bias_dtype, needs)
+            made = library.asked_for(made, needs)
+        else:
+            # Where hooks have put copies of the weights aside, these count.
+            kept = [weight.data_ptr() for weight in weights] == ctx.addresses
+            made = _compute_backward(grad.contiguous(), x, ctx.whole if kept else pack(weights), ctx.bias_dtype, needs)
+        dx, *sums = made
+        parts = [d for s in sums[: 1 + (len(others) > n)] for d in ([None] * n if s is None else s.split_with_sizes(ctx.sizes))]
+        return dx, None, None, None, *[part if need else None for part, need in zip(parts, others, strict=True)]
 
 
 library.define(
