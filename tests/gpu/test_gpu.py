@@ -122,6 +122,7 @@ def test_tensors_on_another_than_the_current_device(case, impl):
 
 @every(testing.CASES)
 def test_a_compiled_call_equals_the_plain_one(case, impl):
+    torch._dynamo.reset()
     inputs = case.inputs(torch.bfloat16, "cuda")
     grad = torch.randn_like(case(inputs, impl))
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]

@@ -78,6 +78,7 @@ def test_the_measured_choice_is_asked_by_form_and_where_there_may_be_a_backward_
         return select.Choice("triton" if (op, form) in faster and direction in fast else "reference", "said so")
 
     monkeypatch.setattr(select, "choose", choose)
+    monkeypatch.setattr(fused, "LEAST", {False: 0, True: 0})
     fast = ("forward",)
     for family, forms in (("aimv2", {("add_norm", "rms"), ("gated_silu", None)}), ("clip", {("add_norm", "layer")})):
         model, x = made(family), pixels()
@@ -394,6 +395,26 @@ def test_frozen_layers_and_trained_ones_in_one_pack():
         assert (expected is None) == (gradients[1][name] is None), name
         if expected is not None:
             torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_what_launches_dominate_is_left_alone(monkeypatch):
+    """Where a kernel was measured faster, but the host would not come round to it, unless launches are free."""
+    chosen = select.Choice("reference-of-a-gpu", "measured")
+    monkeypatch.setattr(select, "choose", lambda *_: chosen)
+    monkeypatch.setattr(fused, "LEAST", {False: 100, True: 200})
+    module = fused.FusedRMSNorm()
+    module.impl = None
+
+    def taken(size, form):
+        return fused.implementation(module, "add_norm", torch.zeros(size // 4, 4), form) is not None
+
+    with torch.no_grad():
+        assert [taken(size, "layer") for size in (96, 100)] == [False, True]
+        assert taken(4, "rms"), "its stock code takes seven launches"
+        with fused.launches_are_free():
+            assert taken(4, "layer")
+        assert not taken(4, "layer")
+    assert [taken(size, "layer") for size in (196, 200)] == [False, True]
 
 
 def test_an_adapter_in_the_place_of_a_layer():

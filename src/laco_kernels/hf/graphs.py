@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from laco_kernels.errors import complaint
+from laco_kernels.hf.fused import launches_are_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -216,7 +217,8 @@ class GraphedForward:
         side.wait_stream(torch.cuda.current_stream(device))
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         # What autocast keeps of the weights would lie in a graph's memory, where others would read it.
-        with torch.cuda.device(device), torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+        autocast = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+        with torch.cuda.device(device), autocast, launches_are_free():
             with torch.cuda.stream(side):
                 for _ in range(WARMUPS):
                     self.forward(*args, **kwargs)

@@ -97,7 +97,7 @@ def optimize(
 
     Parameters, their names, hooks, outputs and gradients stay what they are; :func:`restore` undoes it. Each change looks
     at every call whether it applies, and leaves the stock code to run where it does not: on a CPU, under an adapter, beneath
-    a hook on a module that it would pass over.
+    a hook on a module that it would pass over, on so few tokens that launches are all that counts (there CUDA graphs help).
 
     Args:
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
