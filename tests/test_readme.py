@@ -53,3 +53,31 @@ def test_the_table_is_the_recorded_one():
 def test_the_performance_section_is_the_one_that_laco_report_writes():
     section = README.partition(f"{START}\n")[2].partition(f"\n{END}")[0]
     assert section == page.readme_section(device_folders(ROOT / "benchmarks" / "results")), "run `laco report --readme`"
+
+
+def test_the_encoders_times_are_those_on_record():
+    recorded = {}
+    for line in (ROOT / "benchmarks" / "results" / "nvidia-h200" / "encoders.txt").read_text().splitlines():
+        found = re.match(r"(\S+) (\d+) (train)? ?\s*(\S+) (\S+) ([\d.]+) ms ([\d.]+)x mode ([\d.]+)x .* ok True", line)
+        if found:
+            name, batch, step, depth, mode, *numbers = found.groups()
+            recorded[name, batch, bool(step), depth, mode] = numbers
+    table = README.partition("### Faster encoders")[2].partition("## Measured on")[0]
+    columns = [("1", "eager"), ("1/4", "eager"), ("1/4", "fused"), ("1", "fused+graphs"), ("1/4", "fused+graphs")]
+    rows = [re.match(r"\| (\S+), (\d+) \| (.*) \|$", line) for line in table.splitlines() if re.match(r"\| \S+, \d", line)]
+    assert len(rows) == 5
+    for row in rows:
+        for (depth, mode), cell in zip(columns, row[3].split(" | "), strict=True):
+            time, ratio, _ = recorded[row[1], row[2], False, depth, mode]
+            assert cell == time + (f" ({ratio}x)" if (depth, mode) != columns[0] else "")
+    steps = {
+        name: [recorded[name, "16", True, depth, "fused"][2] for depth in ("1/4", "1")]
+        for name, *_ in recorded
+        if name != "clip-l-336"
+    }
+    text = " ".join(table.split())
+    assert "took {}x at @1/4 and {}x at @1 for AIMv2".format(*steps["aimv2-l-336"]) in text
+    assert (
+        "for SigLIP {}x and {}x, for InternViT {}x and {}x".format(*steps["siglip-so400m-384"], *steps["internvit-300m-448"])
+        in text
+    )
