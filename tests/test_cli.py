@@ -109,18 +109,24 @@ def test_bfloat16_and_compile(encoder):
 
 @pytest.mark.parametrize("training", [[], ["--training"]], ids=["inference", "training"])
 def test_every_way_to_make_it_faster_beside_eager(encoder, tmp_path, training):
-    done = vec(encoder, "--optimize", "--out", tmp_path / "out", *training)
+    done = vec(encoder, "--optimize", "--impl", "reference", "--out", tmp_path / "out", *training)
     assert done.exit_code == 0, done.output
     assert max(map(len, done.stdout.splitlines())) <= 80
     result = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
     assert result["modes"] == ["eager", "fused", "compile"]  # graphs need a GPU
-    assert result["training"] == bool(training)
+    assert (result["training"], result["impl"]) == (bool(training), "reference")
     assert {(row["depth"], row["mode"]) for row in result["rows"]} == {
         (depth, mode) for depth in ("1/4", "1/2", "1") for mode in result["modes"]
     }
     assert all(row["correct"] for row in result["rows"])
     assert [row["mode_ratio"]["median"] for row in result["rows"] if row["mode"] == "eager"] == [1, 1, 1]
     assert "over eager" in next((tmp_path / "out").glob("*.md")).read_text()
+
+
+def test_an_implementation_that_cannot_run_here(encoder):
+    done = vec(encoder, "--optimize", "--impl", "composite")
+    assert done.exit_code == 2
+    assert "impl: got 'composite', expected None or one of 'reference', 'triton' for add_norm" in done.output
 
 
 def test_one_way_at_a_time(encoder):

@@ -29,6 +29,7 @@ def headline(result: VecResult) -> str:
     images = f"{result.images} photo{'s' if result.images > 1 else ''}"
     how = "training step, " if result.training else ""
     how += result.modes[0] if len(result.modes) == 1 else f"{len(result.modes)} modes"
+    how += f" (fused: {result.impl})" if result.impl else ""
     return (
         f"{result.encoder}, batch {result.batch}, {result.dtype}, {how}, {result.weights} weights, {images}, "
         f"{result.tokens_in} tokens in, {result.rounds} interleaved rounds"

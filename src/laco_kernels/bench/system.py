@@ -73,6 +73,7 @@ class VecResult:
     dtype: str
     device: str
     modes: list[str]
+    impl: str | None  # of what is fused; None is the measured choice
     training: bool  # forward and backward pass, of the sum of the features, for every parameter
     rounds: int
     images: int
@@ -116,6 +117,7 @@ def measure_vec(
     weights: str,
     images: int,
     modes: Sequence[str] = ("eager",),
+    impl: str | None = None,
     training: bool = False,
     rounds: int | None = None,
     seconds: float = 45.0,
@@ -131,6 +133,7 @@ def measure_vec(
         weights: ``"random"`` or ``"checkpoint"``.
         images: how many photos the batches are made of.
         modes: how the encoders are run, names in :data:`MODES`; the first one is what the others are compared with.
+        impl: the implementation of what is fused; by default the measured choice.
         training: time a forward and a backward pass.
         rounds: rounds to time; by default as many as ``seconds`` allow.
         seconds: time budget for the rounds.
@@ -152,7 +155,7 @@ def measure_vec(
         facts: dict[tuple[str, str], dict[str, Any]] = {}
         for i, depth in enumerate(depths):
             on_step(f"checking @{depth}", 0.4 * i / len(depths))
-            made = _variants(encoder, layer_at(depth, encoder.config.num_hidden_layers), modes, training=training)
+            made = _variants(encoder, layer_at(depth, encoder.config.num_hidden_layers), modes, impl, training=training)
             counted = _count(made[modes[0]])
             judge = _judge(made[modes[0]], encoder, exact, batches[0][:1])
             for mode, model in made.items():
@@ -176,6 +179,7 @@ def measure_vec(
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
         modes=list(modes),
+        impl=impl,
         training=training,
         rounds=len(times[f"1 {modes[0]}"]),
         images=images,
@@ -199,7 +203,9 @@ def measure_vec(
     )
 
 
-def _variants(encoder: PreTrainedModel, layer: int, modes: Sequence[str], *, training: bool) -> dict[str, CompressedEncoder]:
+def _variants(
+    encoder: PreTrainedModel, layer: int, modes: Sequence[str], impl: str | None, *, training: bool
+) -> dict[str, CompressedEncoder]:
     """Compress ``encoder`` once for every mode, all with the same weights."""
     made: dict[str, CompressedEncoder] = {}
     for mode in modes:
@@ -207,7 +213,7 @@ def _variants(encoder: PreTrainedModel, layer: int, modes: Sequence[str], *, tra
         model = made[mode] = compress(encoder, layer=layer, zero_init_last=False)
         model.merging_layer.merge = made[modes[0]].merging_layer.merge
         if MODES[mode]:
-            optimize(model, **MODES[mode])
+            optimize(model, **MODES[mode], impl=impl)
         model.train(training)
     return made
 

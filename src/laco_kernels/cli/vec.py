@@ -36,6 +36,7 @@ def vec(
     device: Device = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile'd encoders.")] = False,
     optimized: Annotated[bool, typer.Option("--optimize", help="Time every way of making them faster beside eager.")] = False,
+    impl: Annotated[str | None, typer.Option(help="Who runs what is fused, e.g. triton; default: the measured choice.")] = None,
     training: Annotated[bool, typer.Option("--training", help="Time a forward and a backward pass.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Time for the rounds; at least 5, at most 200 are run.")] = 45,
@@ -51,10 +52,14 @@ def vec(
         import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
         from laco_kernels.bench import cases, report, system
         from laco_kernels.bench import images as photos
+        from laco_kernels.kernels import select
 
         quiet_transformers()
         wanted = cases.parse_depths(depths)
         place, precision = parse_device(device), parse_dtype(dtype, device)
+        if impl is not None:
+            for op in select.TOWER_OPERATORS:
+                select.check(impl, place, precision, op)
         modes = _modes(compiled=compiled, optimized=optimized, can_graph=place.type == "cuda" and not training)
         if out is not None:
             report.check_folder(out)
@@ -83,6 +88,7 @@ def vec(
                 weights=weights,
                 images=len(opened),
                 modes=modes,
+                impl=impl,
                 training=training,
                 rounds=rounds,
                 seconds=seconds,
