@@ -1,9 +1,10 @@
 """Everything a newly available GPU should do, in one go: ``make gpu``.
 
 The tests that only a GPU can run; then ``laco bench all`` with the time that is left, again where a kernel took the GPU away
-from it; then ``laco tune``. What failed and which rows are furthest from their goal comes last. A folder gets five files, rows
-first and as they come: it is what to take from a machine that is given back. Rows of the same ``--commit`` that lie in
-``benchmarks/results`` already are not measured again, so that a later call goes on where an earlier one ended.
+from it: the operators, ``laco tune``, the encoders on what that chose, ``laco tune`` again. What failed and which rows are
+furthest from their goal comes last. A folder gets five files, rows first and as they come: it is what to take from a machine
+that is given back. Rows of the same ``--commit`` that lie in ``benchmarks/results`` already are not measured again, so that a
+later call goes on where an earlier one ended.
 """
 
 import argparse
@@ -25,6 +26,7 @@ TESTS = {
     "kernels": ["tests/kernels", "-k", "not anywhere and not resources"],
     "random": [*KERNELS, "-k", "anywhere"],
 }
+OPERATORS = 0.6  # of the time for measuring
 RESERVE = 30  # seconds for the selection table and the summary
 BUSY, AGAIN = 2, 3  # exit codes of `laco bench all`: something forbids it; the GPU no longer answers it
 
@@ -54,8 +56,13 @@ def main() -> int:
         outcome = run_tests(scratch, min(begin + 60 * options.test_minutes, deadline), "quick" if options.tiny else "gpu")
         gather(sorted(scratch.glob("*.log")), folder / "tests.log")
     if options.only != "tests":
+        (folder / "bench.log").write_text("")
+        tune = ["tune", str(results), "--out", str(table)]
+        # Encoders run what the operators' rows choose, so these come first.
+        measure(options, results, folder, time.monotonic() + OPERATORS * (deadline - time.monotonic()), "--filter=-vec")
+        run(tune, folder / "tune.log", time.monotonic() + RESERVE)
         code = measure(options, results, folder, deadline)
-        tuned = run(["tune", str(results), "--out", str(table)], folder / "tune.log", time.monotonic() + RESERVE)
+        tuned = run(tune, folder / "tune.log", time.monotonic() + RESERVE)
         keep(results, folder)
         if table.exists():
             shutil.copy(table, folder / "winners.json")
@@ -83,20 +90,19 @@ def run_tests(scratch: Path, deadline: float, profile: str) -> dict[str, str]:
     return {name: {0: "passed", None: "not done in time"}.get(wait(p, deadline), "failed") for name, p in running.items()}
 
 
-def measure(options: argparse.Namespace, results: Path, folder: Path, deadline: float) -> int | None:
+def measure(options: argparse.Namespace, results: Path, folder: Path, deadline: float, *only: str) -> int | None:
     """Run ``laco bench all`` until nothing is left or the time is; keep the rows as they come."""
     code: int | None = AGAIN
-    extra: list[str] = []
-    (folder / "bench.log").write_text("")
+    extra = list(only)
     while code in (AGAIN, BUSY) and time.monotonic() < deadline:
         command = ["bench", "all", "--out", str(results), "--budget", f"{max(deadline - time.monotonic() - 15, 0):.0f}s"]
         command += ["--commit", options.commit] if options.commit else []
         command += ["--tiny", "--seconds", "0"] if options.tiny else []
         code = run([*command, *extra], folder / "bench.log", deadline, meanwhile=lambda: keep(results, folder))
-        if code == BUSY and extra:
+        if code == BUSY and "--allow-busy" in extra:
             break
         if code == BUSY:  # or wrong use; tests that had to be stopped may be dying still
-            extra = ["--allow-busy"]
+            extra.append("--allow-busy")
     return code
 
 

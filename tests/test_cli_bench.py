@@ -27,6 +27,14 @@ ROOT = Path(__file__).parents[1]
 OPS = ("bench", "ops", "--tiny", "--device", "cpu", "--rounds", 2, "--variants", "eager,eager-conv,products")
 
 
+def test_words_of_a_filter():
+    name = "patch_merge aimv2-l-336 block grid=24x24 batch=16 hidden=4096 forward bfloat16"
+    assert all(
+        measure.matches(name, words) for words in ("", "merge 336", "batch=16 block", "-vec", "forward -backward -batch=1")
+    )
+    assert not any(measure.matches(name, words) for words in ("vec", "batch=1", "-merge", "forward -block"))
+
+
 def test_bench_ops_prints_a_table_a_case_within_80_columns():
     done = laco(*OPS, "--filter", "strided_conv forward")
     assert done.exit_code == 0, done.output

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("benchmarks/results")
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")]
-Filter = Annotated[str | None, typer.Option("--filter", help="Only what has all these words in its name.")]
+Filter = Annotated[str | None, typer.Option("--filter", help="Only names with all these words, and none behind a minus.")]
 Small = Annotated[bool, typer.Option("--tiny", help="Shrunken cases, to try the command.")]
 Autotune = Annotated[bool, typer.Option("--autotune", help="torch.compile's max-autotune in every case; slow.")]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds to time; default: as many as --seconds allow.")]
@@ -187,11 +187,16 @@ def compare(
 
 
 def matches(name: str, words: str) -> bool:
-    """Return whether a case's name has all the words: ``batch=1`` and ``block`` as they are, others as a part of a word."""
+    """Return whether a case's name has all the words, and none of those behind a minus.
+
+    ``batch=1`` and ``block`` are looked for as they are, others as a part of a word.
+    """
     parts = name.split()
-    return all(
-        any(word == part if "=" in word or word in LAYOUTS else word in part for part in parts) for word in words.split()
-    )
+
+    def has(word: str) -> bool:
+        return any(word == part if "=" in word or word in LAYOUTS else word in part for part in parts)
+
+    return all(not has(word[1:]) if word.startswith("-") else has(word) for word in words.split())
 
 
 def parse_budget(text: str | None) -> float | None:
