@@ -63,6 +63,18 @@ def test_only_hooks_of_others_forbid_a_replay(model):
     handle.remove()
 
 
+def test_adapters_and_layers_that_train_forbid_it_too(model):
+    from peft import LoraConfig, get_peft_model
+
+    anatomy = Anatomy(model)
+    model.encoder.layer[1].train()
+    assert anatomy.is_watched()
+    model.eval()
+    assert not anatomy.is_watched()
+    assert not anatomy.is_adapted
+    assert Anatomy(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()).is_adapted
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda graphed: pickle.loads(pickle.dumps(graphed))])
 def test_copies_begin_without_graphs(model, copied):
     graphed = GraphedForward(model, model.forward, max_bytes=7, batch_sizes=(4, 2), clone=False)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils import dlpack
 from transformers.activations import GELUTanh, QuickGELUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2EncoderLayer, Aimv2MLP, Aimv2RMSNorm
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -32,7 +34,7 @@ from laco_kernels.kernels import select
 from laco_kernels.ops.activation import run_activate, run_gated_silu
 from laco_kernels.ops.add_norm import run_add_norm
 from laco_kernels.ops.checks import autocast_dtype
-from laco_kernels.ops.packed_linear import are_packed, pack, packed_linear, run_packed_linear
+from laco_kernels.ops.packed_linear import run_packed_linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,6 +76,8 @@ def implementation(module: Fused, op: str, x: torch.Tensor, form: str | None = N
 
     Where there may be a backward pass it must have been measured faster than the stock one, too.
     """
+    if is_transformed():
+        return None
     if module.impl is not None:
         return module.impl
     if form in SMALL_GAINS and not pays(x):
@@ -85,13 +89,21 @@ def implementation(module: Fused, op: str, x: torch.Tensor, form: str | None = N
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Return whether hooks wait for ``module`` to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Return whether hooks wait for ``module`` to be called, its own or those of all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Return whether ``module`` is of one of these very classes and nothing watches it: what may be passed over."""
-    return type(module) in kinds and not is_watched(module)
+    """Return whether ``module`` is of one of these very classes, runs their forward pass, and nothing watches it."""
+    return type(module) in kinds and "forward" not in module.__dict__ and not is_watched(module)
+
+
+def is_transformed() -> bool:
+    """Return whether ``torch.func`` or forward mode is at work, for which operators of our own have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class FusedRMSNorm(Fused):
@@ -121,85 +133,109 @@ class FusedInternVLVisionRMSNorm(FusedRMSNorm, InternVLVisionRMSNorm):
 RMS_NORMS = (Aimv2RMSNorm, InternVLVisionRMSNorm, FusedAimv2RMSNorm, FusedInternVLVisionRMSNorm)
 
 
-class Whole(NamedTuple):
-    """The parameters of a :class:`Pack` as those of one layer: views, good while the parameters lie at these addresses."""
-
-    addresses: list[int]
-    weight: torch.Tensor | None  # None where they are no one layer's
-    bias: torch.Tensor | None
-
-
 class Pack:
     """Linear layers that are called one after the other on the same input, by code that does not know of each other.
 
-    The first call computes them all; the others are handed their share.
+    The first call computes them all; the others are handed their share. Their parameters are tensors of their own to everybody
+    else, with storages of their own, but lie behind each other in one piece of memory (:meth:`lay_together`).
     """
 
     def __init__(self, members: Sequence[nn.Linear]) -> None:
         self.members: list[Any] = list(members)
-        self.waiting: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}  # by thread: the input, shares by member
-        self.whole: Whole | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        # By thread: the input, what else must not change until the last share is fetched, and the shares by member.
+        self.waiting: dict[int, tuple[torch.Tensor, Any, dict[int, torch.Tensor]]] = {}
+        self.weight: torch.Tensor | None = None  # the members' weights as one, while they lie there
+        self.bias: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without what waits for a call and without views, which would be copied as tensors of their own."""
-        return {"members": self.members, "waiting": {}, "whole": None}
+        """Copy and pickle without what waits for a call, and without the memory that a copy's parameters leave."""
+        return {"members": self.members}
 
-    def is_usable(self, x: torch.Tensor) -> bool:
-        """Return whether the layers have plain parameters, on the device of ``x`` and packed in memory."""
-        weights = [member.weight for member in self.members]
-        biases = [member.bias for member in self.members if member.bias is not None]
-        return (
-            (x.is_cuda or self.members[0].impl is not None)
-            and all(type(weight) is nn.Parameter and weight.device == x.device for weight in weights)
-            and len(biases) in (0, len(weights))
-            # A compiler cannot trace addresses; the operator looks at them again.
-            and (torch.compiler.is_compiling() or are_packed(weights))
-        )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`__getstate__`."""
+        self.members = state["members"]
+        self._forget()
+
+    def lay_together(self) -> None:
+        """Move the parameters behind each other, unless they are there; those on the meta device stay without memory."""
+        weights, biases = self.parameters()
+        if any(type(parameter) is not nn.Parameter or parameter.is_meta for parameter in (*weights, *biases)):
+            return
+        if len(biases) not in (0, len(weights)) or self.is_together(weights, biases):
+            return
+        with torch.inference_mode(False):
+            self.weight, self.bias = _lay(weights), _lay(biases) if biases else None
+
+    def parameters(self) -> tuple[list[Any], list[Any]]:
+        """Return weights, ``None`` where a parametrisation computes one, and biases."""
+        tables = [member._parameters for member in self.members]  # a module's own look-up takes its time
+        return [table.get("weight") for table in tables], [bias for table in tables if (bias := table.get("bias")) is not None]
+
+    def is_together(self, weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter]) -> bool:
+        """Return whether these are the parameters that :meth:`lay_together` has moved, where it has moved them."""
+        return _lie_in(self.weight, weights) and (_lie_in(self.bias, biases) if biases else self.bias is None)
 
     def product(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return what the layers make of ``x`` side by side, or ``None`` where each has to compute by itself."""
-        if not torch.compiler.is_compiling() and (x.is_cuda or self.members[0].impl is not None):
-            tables = [member._parameters for member in self.members]  # a module's own look-up takes its time
-            weights = [table.get("weight") for table in tables]
-            biases = [bias for table in tables if (bias := table.get("bias")) is not None]
-            if all(type(parameter) is nn.Parameter for parameter in (*weights, *biases)):
-                whole = self._look(weights, biases)
-                if whole.weight is not None and whole.weight.device == x.device:
-                    return run_packed_linear(x, whole.weight, whole.bias, weights, biases)
-        if not self.is_usable(x):
+        # A compiler cannot trace addresses, and fuses what comes behind two products by itself.
+        compiling = torch.compiler.is_compiling()
+        if compiling or is_transformed() or not (x.is_cuda or self.members[0].impl is not None):
             return None
-        biases = [member.bias for member in self.members if member.bias is not None]
-        return packed_linear(x, [member.weight for member in self.members], biases)
-
-    def _look(self, weights: list[Any], biases: list[Any]) -> Whole:
-        """Return the parameters as those of one layer, anew where they have moved."""
-        whole, addresses = self.whole, [parameter.data_ptr() for parameter in (*weights, *biases)]
-        if whole is None or whole.addresses != addresses:
-            groups = [[parameter.detach() for parameter in group] for group in (weights, biases)]
-            like = (weights[0].dtype, weights[0].device)
-            one = (
-                all((parameter.dtype, parameter.device) == like for parameter in (*weights, *biases))
-                and len(biases) in (0, len(weights))
-                and all(are_packed(group) for group in groups if group)
-            )
-            views = [pack(group) if one and group else None for group in groups]
-            self.whole = whole = Whole(addresses, *views)
-        return whole
+        weights, biases = self.parameters()
+        if any(type(parameter) is not nn.Parameter or parameter.device != x.device for parameter in (*weights, *biases)):
+            return None
+        if not self.is_together(weights, biases):
+            return None
+        assert self.weight is not None
+        return run_packed_linear(x, self.weight, self.bias, weights, biases)
 
     def share(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Return what ``member`` makes of ``x``, or ``None`` where it has to compute it by itself."""
         thread = threading.get_ident()
-        given, shares = self.waiting.pop(thread, (None, {}))
-        if given is not x or id(member) not in shares:
+        state = (torch.is_grad_enabled(), None if x.is_inference() else x._version)
+        given, before, shares = self.waiting.pop(thread, (None, None, {}))
+        if given is not x or before != state or id(member) not in shares:
+            if all(member is not own for own in self.members):  # a copy of one
+                return None
             y = self.product(x) if member.impl is not None or pays(x) else None
             if y is None:
                 return None
-            outputs = y.split_with_sizes([member.out_features for member in self.members], -1)
+            # Not views to autograd, so that a hook may change one in place.
+            outputs = y.unsafe_split_with_sizes([own.out_features for own in self.members], -1)
             shares = dict(zip(map(id, self.members), outputs, strict=True))
         mine = shares.pop(id(member))
         if shares:
-            self.waiting[thread] = x, shares
+            self.waiting[thread] = x, state, shares
         return mine
+
+
+def _lay(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Copy parameters into one tensor and let each read its rows there, from a storage that is but these."""
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, rows in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+        # Tensors of one storage are taken for tied weights by who saves them, and dropped.
+        parameter.data = dlpack.from_dlpack(rows)
+    return whole
+
+
+def _lie_in(whole: torch.Tensor | None, parameters: Sequence[nn.Parameter]) -> bool:
+    if whole is None:
+        return False
+    address, rows, shape = whole.data_ptr(), 0, whole.shape[1:]
+    for parameter in parameters:
+        if (
+            parameter.data_ptr() != address
+            or parameter.dtype != whole.dtype
+            or parameter.shape[1:] != shape
+            or not parameter.is_contiguous()
+        ):
+            return False
+        rows += len(parameter)
+        address += parameter.nbytes
+    return rows == len(whole)
 
 
 class PackedLinear(Fused, nn.Linear):
@@ -214,7 +250,7 @@ class PackedLinear(Fused, nn.Linear):
         return super().forward(x) if share is None else share
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.pack.whole = None  # lest a view keeps memory that the parameters leave
+        self.pack._forget()  # lest the memory that the parameters leave is kept
         return super()._apply(*args, **kwargs)
 
 

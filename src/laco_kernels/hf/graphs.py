@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import threading
 import warnings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WARMUPS = 3  # calls before a capture, in which libraries choose and allocate what they need
 CAPTURING = "transformers.utils.output_capturing"  # its hooks note outputs while a forward pass is captured, which is enough
+CONFIGURED = ("output_hidden_states", "output_attentions", "return_dict", "_attn_implementation")
 SIMPLE = (bool, int, float, str, type(None))
 
 
@@ -52,6 +54,8 @@ class Anatomy:
             raise RuntimeError(complaint("graphs", "sharded parameters", "parameters that stay where they are", remedy))
         modules = list(model.modules())
         self.inner = modules[1:]
+        # What adapters do depends on attributes that nothing here sees: which are active, merged, scaled how.
+        self.is_adapted = any(type(module).__module__.partition(".")[0] == "peft" for module in modules)
         slots = [(table, name) for m in modules for table in (m._modules, m._parameters, m._buffers) for name in table]
         self.slots = slots
         self.contents = [table[name] for table, name in slots]
@@ -67,8 +71,12 @@ class Anatomy:
         return not all(map(operator.is_, [table.get(name) for table, name in self.slots], self.contents))
 
     def is_watched(self) -> bool:
-        """Return whether somebody's hooks wait for modules inside, which a replay would pass over."""
+        """Return whether somebody's hooks wait for modules inside, which a replay would pass over, or one of them trains."""
+        if torch.nn.modules.module._has_any_global_hook():
+            return True
         for module in self.inner:
+            if module.training:
+                return True
             if module._forward_hooks or module._forward_pre_hooks:
                 hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
                 if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
@@ -79,8 +87,9 @@ class Anatomy:
 class GraphedForward:
     """The forward pass of ``encoder``, replayed where nothing forbids it.
 
-    In evaluation mode and without gradients only; else, and with hooks on modules inside, the encoder runs as it is. A shape
-    is captured when it comes for the first time. The graphs used least recently are dropped where they hold more memory than
+    In evaluation mode and without gradients only; else, and with hooks on modules or PEFT's adapters inside, the encoder runs
+    as it is. A shape is captured when it comes for the first time; what is set on a module afterwards, and is no tensor, a
+    graph does not see. The graphs used least recently are dropped where they hold more memory than
     ``max_bytes``.
 
     Args:
@@ -110,6 +119,7 @@ class GraphedForward:
     def _start(self) -> None:
         self.graphs: OrderedDict[Any, Captured] = OrderedDict()
         self.anatomy: Anatomy | None = None
+        self.__signature__ = inspect.signature(self.forward)  # by which the Trainer picks its columns
         self.pool: Any = None
         self.finished: torch.cuda.Event | None = None
         self.lock = threading.Lock()
@@ -161,6 +171,8 @@ class GraphedForward:
         if self.anatomy is None or self.anatomy.has_moved():
             self.release()
             self.anatomy = Anatomy(self.encoder)
+        if self.anatomy.is_adapted:
+            return None
         device, batch = tensors[0].device, tensors[0].shape[0]
         padded = next((size for size in self.batch_sizes if size >= batch), batch)
         key = (
@@ -171,6 +183,7 @@ class GraphedForward:
             ],
             len(args),
             *kwargs,
+            *[getattr(self.encoder.config, name, None) for name in CONFIGURED],
             torch.is_inference_mode_enabled(),
             torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,15 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from laco_kernels.errors import complaint
 from laco_kernels.hf import fused
+from laco_kernels.hf.encoders import FAMILIES
 from laco_kernels.hf.graphs import GraphedForward
+from laco_kernels.hf.mixins import CompressedEncoder
 from laco_kernels.kernels import select
-from laco_kernels.ops.packed_linear import are_packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-KEPT = "_laco_optimization"  # where an encoder keeps what was done to it
+KEPT, OWN_FORWARD = "_laco_optimization", "_laco_own_forward"  # where an encoder keeps what was done to it, and what it had
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class CompiledForward:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
         self.compiled = torch.compile(forward)
+        self.__signature__ = inspect.signature(forward)  # by which the Trainer picks its columns
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without compiled code, which holds on to the model it was compiled from."""
@@ -123,39 +126,56 @@ def optimize(
     """
     settings = Settings(fuse, graphs, compile, impl, max_bytes, tuple(batch_sizes), clone)
     _check(encoder, settings)
-    if getattr(encoder, KEPT, None) == settings:
-        return _report(encoder, settings)
-    restore(encoder)
-    if fuse:
-        _fuse(encoder, impl)
-    forward: Callable[..., Any] = encoder.forward
-    if compile:
-        forward = CompiledForward(forward)
-    if graphs:
-        forward = GraphedForward(encoder, forward, max_bytes=max_bytes, batch_sizes=batch_sizes, clone=clone)
-    if compile or graphs:
-        encoder.forward = forward
-    encoder.__dict__[KEPT] = settings
+    if settings_of(encoder) != settings:
+        restore(encoder)
+        if fuse:
+            _fuse(encoder, impl)
+        _wrap_forward(encoder, settings)
+        encoder.__dict__[KEPT] = settings
+    for pack in _packs(encoder):
+        pack.lay_together()  # again, where they were moved, copied or replaced since
     return _report(encoder, settings)
 
 
+def _wrap_forward(encoder: PreTrainedModel, settings: Settings) -> None:
+    forward: Callable[..., Any] = encoder.forward
+    if settings.compile:
+        forward = CompiledForward(forward)
+    if settings.graphs:
+        bounds: dict[str, Any] = {"max_bytes": settings.max_bytes, "batch_sizes": settings.batch_sizes}
+        forward = GraphedForward(encoder, forward, **bounds, clone=settings.clone)
+    if settings.compile or settings.graphs:
+        if "forward" in encoder.__dict__:
+            encoder.__dict__[OWN_FORWARD] = encoder.__dict__["forward"]
+        encoder.forward = forward
+
+
 def restore(encoder: PreTrainedModel) -> None:
-    """Undo :func:`optimize`, and free the memory of its graphs; an encoder that is not optimised stays as it is."""
-    if encoder.__dict__.pop(KEPT, None) is None:
+    """Undo :func:`optimize`, and free the memory of its graphs; an encoder that is not optimised stays as it is.
+
+    Raises:
+        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation;
+            nothing is undone then.
+    """
+    if settings_of(encoder) is None:
         return
-    forward = encoder.__dict__.pop("forward", None)
-    if isinstance(forward, GraphedForward):
-        forward.release()
-    for module in encoder.modules():
-        if isinstance(module, fused.Fused):
-            if isinstance(module, fused.PackedLinear):
-                for name, parameter in module.named_parameters(recurse=False):
-                    if parameter.untyped_storage().nbytes() != parameter.nbytes:
-                        getattr(module, name).data = parameter.data.clone()
-            for name in ("impl", "pack", "feeds_a_product"):
-                module.__dict__.pop(name, None)
-            kind: Any = STOCK[type(module)]
-            module.__class__ = kind
+    changed = [module for module in encoder.modules() if isinstance(module, fused.Fused)]
+    for module in changed:
+        if type(module) not in STOCK:
+            given = f"a layer that has become a {type(module).__name__} since it was optimised"
+            raise RuntimeError(complaint("encoder", given, "layers as optimize left them", "Undo first what came last"))
+    settings = encoder.__dict__.pop(KEPT)
+    if settings.graphs or settings.compile:
+        forward = encoder.__dict__.pop("forward", None)
+        if isinstance(forward, GraphedForward):
+            forward.release()
+        if OWN_FORWARD in encoder.__dict__:
+            encoder.__dict__["forward"] = encoder.__dict__.pop(OWN_FORWARD)
+    for module in changed:
+        for name in ("impl", "pack", "feeds_a_product"):
+            module.__dict__.pop(name, None)
+        kind: Any = STOCK[type(module)]
+        module.__class__ = kind
 
 
 def settings_of(encoder: nn.Module) -> Settings | None:
@@ -163,17 +183,18 @@ def settings_of(encoder: nn.Module) -> Settings | None:
     return encoder.__dict__.get(KEPT)
 
 
-def _check(encoder: object, settings: Settings) -> None:
+def _check(encoder: Any, settings: Settings) -> None:
     if not isinstance(encoder, PreTrainedModel):
         remedy = "Pass the vision model itself, before torch.compile and before it is wrapped"
         raise TypeError(complaint("encoder", type(encoder).__name__, "a vision model of transformers", remedy))
     if any(type(parameter).__name__ == "DTensor" for parameter in encoder.parameters()):
         remedy = "Optimise it before fully_shard; CUDA graphs do not go with sharded parameters at all"
         raise ValueError(complaint("encoder", "sharded parameters", "parameters that are in place", remedy))
-    if not any(type(module) in fused.LAYERS or type(module) in STOCK for module in encoder.modules()):
-        names = ", ".join(layer.__name__ for layer in fused.LAYERS)
-        remedy = "Pass the vision tower of a supported family, before it is sharded"
-        raise TypeError(complaint("encoder", f"a {type(encoder).__name__}", f"one that has layers of type {names}", remedy))
+    known: tuple[Any, ...] = (*FAMILIES, CompressedEncoder)
+    if not isinstance(encoder, known):
+        names = ", ".join(stock.__name__ for stock in FAMILIES)
+        remedy = "Pass the vision tower inside it, such as model.vision_model or model.model.vision_tower"
+        raise TypeError(complaint("encoder", f"a {type(encoder).__name__}", f"one of {names}, or a compressed one", remedy))
     if any(hasattr(module, "_hf_hook") for module in encoder.modules()):
         remedy = "Optimise the model before accelerate dispatches or offloads it"
         raise ValueError(
@@ -228,7 +249,7 @@ def _become(module: nn.Module, kind: type[nn.Module], impl: str | None) -> None:
 
 
 def _pack(layers: list[nn.Linear], impl: str | None) -> None:
-    """Make the layers one :class:`laco_kernels.hf.fused.Pack`, and lay their parameters behind each other in memory."""
+    """Make the layers one :class:`laco_kernels.hf.fused.Pack`, where their parameters allow it."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
     tensors = [*weights, *biases]
     if (
@@ -238,15 +259,15 @@ def _pack(layers: list[nn.Linear], impl: str | None) -> None:
         or len(set(map(id, tensors))) != len(tensors)
     ):
         return
-    for group in (weights, biases):
-        if group and not group[0].is_meta and not are_packed(group):
-            whole = torch.cat([parameter.data for parameter in group])
-            for parameter, rows in zip(group, whole.split([len(parameter) for parameter in group]), strict=True):
-                parameter.data = rows
     pack = fused.Pack(layers)
     for layer in layers:
         _become(layer, fused.PackedLinear, impl)
         layer.__dict__["pack"] = pack
+
+
+def _packs(encoder: nn.Module) -> list[fused.Pack]:
+    found = {id(module.pack): module.pack for module in encoder.modules() if isinstance(module, fused.PackedLinear)}
+    return list(found.values())
 
 
 def _report(encoder: PreTrainedModel, settings: Settings) -> Report:

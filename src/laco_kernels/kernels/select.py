@@ -48,7 +48,16 @@ TOWER_OPERATORS = ("add_norm", "gated_silu", "activate")
 # The argument by whose value an operator is measured and chosen apart: its form.
 FORMS = {"patch_merge": "layout", "add_norm": "kind", "activate": "activation"}
 AUTO = "auto"
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here, for a compiler cannot trace it
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # somebody's own finder may say it so
+        return False
+
+
+HAS_TRITON = _is_installed("triton")  # looked up here, for a compiler cannot trace it
 TABLE = Path(__file__).with_name("winners.json")
 
 
