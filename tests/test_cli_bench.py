@@ -189,6 +189,13 @@ def gpu_results(tmp_path):
     return folder
 
 
+def test_a_path_that_cannot_be_written_to_is_named_as_it_was_given(gpu_results, tmp_path):
+    for arguments in (["tune", gpu_results, "--out", tmp_path / "no" / "x.json"], ["report", "--readme", tmp_path / "no.md"]):
+        done = laco(*arguments)
+        assert done.exit_code == 2
+        assert f"path: got '{arguments[-1]}' (No such file or directory), expected" in done.output
+
+
 def test_tune_writes_the_table_and_says_what_changed(gpu_results, tmp_path):
     file = tmp_path / "winners.json"
     dry = laco("tune", gpu_results.parent, "--out", file, "--dry-run")

@@ -132,6 +132,6 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def write(found: dict[str, Any], file: Path) -> None:
     """Put the table in place."""
-    part = file.with_suffix(".part")
+    part = file.with_name(f"{file.name}.part")
     part.write_text(dumps(found), encoding="utf-8")
     part.replace(file)

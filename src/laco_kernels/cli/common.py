@@ -39,7 +39,11 @@ def usage_errors() -> Iterator[None]:
     except typer.Exit:
         raise
     except (TypeError, ValueError, RuntimeError, OSError, ImportError) as error:
-        complain(str(error))
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            given = f"{str(error.filename).removesuffix('.part')!r} ({error.strerror})"
+            text = complaint("path", given, "a file that can be read and written", "Choose another one")
+        complain(text)
         raise typer.Exit(2) from None
 
 
