@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils import dlpack
-from transformers.activations import GELUTanh, QuickGELUActivation
+from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2EncoderLayer, Aimv2MLP, Aimv2RMSNorm
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer, InternVLVisionRMSNorm
@@ -254,6 +254,9 @@ class PackedLinear(Fused, nn.Linear):
         return super()._apply(*args, **kwargs)
 
 
+SILU = (nn.SiLU, SiLUActivation)
+
+
 class FusedAimv2MLP(Fused, Aimv2MLP):
     """SwiGLU with gate and up in one product and their gating in one pass."""
 
@@ -266,7 +269,7 @@ class FusedAimv2MLP(Fused, Aimv2MLP):
         """Apply the feed-forward block to ``[..., C]``."""
         layers = (self.gate_proj, self.up_proj)
         impl = implementation(self, "gated_silu", x)
-        plain = all(is_plain(layer, PackedLinear) for layer in layers) and not is_watched(self.act_fn)
+        plain = all(is_plain(layer, PackedLinear) for layer in layers) and is_plain(self.act_fn, *SILU)
         h = self.gate_proj.pack.product(x) if plain and impl is not None else None
         if h is None or impl is None:
             return super().forward(x)

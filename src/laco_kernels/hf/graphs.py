@@ -45,11 +45,16 @@ class Captured:
     nbytes: int = 0
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Return whether parameters are spread over processes; by name, for importing the class takes its time."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
 class Anatomy:
     """The modules and parameters of a model at one time, and how to see cheaply that they are still the same."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        if is_sharded(model):
             remedy = "Optimise it with graphs=False"
             raise RuntimeError(complaint("graphs", "sharded parameters", "parameters that stay where they are", remedy))
         modules = list(model.modules())
@@ -89,8 +94,7 @@ class GraphedForward:
 
     In evaluation mode and without gradients only; else, and with hooks on modules or PEFT's adapters inside, the encoder runs
     as it is. A shape is captured when it comes for the first time; what is set on a module afterwards, and is no tensor, a
-    graph does not see. The graphs used least recently are dropped where they hold more memory than
-    ``max_bytes``.
+    graph does not see. The graphs used least recently are dropped where they hold more memory than ``max_bytes``.
 
     Args:
         encoder: the model.

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
+from transformers.activations import GELUTanh, QuickGELUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from laco_kernels.errors import complaint
 from laco_kernels.hf import fused
 from laco_kernels.hf.encoders import FAMILIES
-from laco_kernels.hf.graphs import GraphedForward
+from laco_kernels.hf.graphs import GraphedForward, is_sharded
 from laco_kernels.hf.mixins import CompressedEncoder
 from laco_kernels.kernels import select
 
@@ -187,7 +187,7 @@ def _check(encoder: Any, settings: Settings) -> None:
     if not isinstance(encoder, PreTrainedModel):
         remedy = "Pass the vision model itself, before torch.compile and before it is wrapped"
         raise TypeError(complaint("encoder", type(encoder).__name__, "a vision model of transformers", remedy))
-    if any(type(parameter).__name__ == "DTensor" for parameter in encoder.parameters()):
+    if is_sharded(encoder):
         remedy = "Optimise it before fully_shard; CUDA graphs do not go with sharded parameters at all"
         raise ValueError(complaint("encoder", "sharded parameters", "parameters that are in place", remedy))
     known: tuple[Any, ...] = (*FAMILIES, CompressedEncoder)
@@ -229,7 +229,7 @@ def _fuse(encoder: PreTrainedModel, impl: str | None) -> None:
 
 
 def _fuse_mlp(mlp: Any, impl: str | None) -> None:
-    if type(mlp) is Aimv2MLP and type(mlp.act_fn) in (nn.SiLU, SiLUActivation):
+    if type(mlp) is Aimv2MLP and type(mlp.act_fn) in fused.SILU:
         _pack([mlp.gate_proj, mlp.up_proj], impl)
         _become(mlp, fused.FusedAimv2MLP, impl)
     elif type(getattr(mlp, "activation_fn", None)) is QuickGELUActivation:
@@ -303,9 +303,7 @@ def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
     if settings.compile:
         parts.append(Part("torch.compile", 1))
     if settings.graphs:
-        parts.append(
-            Part("CUDA graphs, in inference", 1, None if encoder.device.type == "cuda" else no_gpu or "no CUDA device")
-        )
+        parts.append(Part("CUDA graphs, in inference", 1, on_cpu))
     return Report(tuple(parts))
 
 

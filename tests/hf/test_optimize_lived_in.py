@@ -1,0 +1,149 @@
+"""Optimised encoders in use: moved, saved, hooked, patched, parametrised, transformed by code that knows nothing of it."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import laco_kernels as lk
+from tests.hf.encoders import pixels
+from tests.hf.optimised import classes, features, made, packs_of
+
+
+def are_together(model):
+    return [pack.is_together(*pack.parameters()) for pack in packs_of(model)]
+
+
+def test_weights_are_read_as_one_until_they_move():
+    model, x = made("siglip"), pixels()
+    report = lk.hf.optimize(model, impl="reference")
+    expected = features(model, x)
+    with torch.no_grad():
+        for pack in packs_of(model):
+            assert pack.weight.data_ptr() == pack.members[0].weight.data_ptr()
+            pack.members[1].weight.mul_(2)  # in place: read where it lies
+    changed = features(model, x)
+    assert not torch.allclose(changed, expected)
+    model.to(torch.float32)
+    assert all(pack.weight is None for pack in packs_of(model)), "the memory that the parameters left is kept"
+    model.to(torch.float64)
+    assert not any(are_together(model))
+    torch.testing.assert_close(features(model, x), changed, rtol=1e-4, atol=1e-4)
+    assert lk.hf.optimize(model, impl="reference") == report
+    assert all(are_together(model))
+    for move in (
+        lambda layer: setattr(layer.bias, "data", layer.bias.data + 1),
+        lambda layer: setattr(layer.weight, "data", layer.weight.data.t()),  # as long, and where it was
+        lambda layer: setattr(layer.weight, "data", layer.weight.data[:16]),
+    ):
+        twin = copy.deepcopy(model)
+        lk.hf.optimize(twin, impl="reference")
+        for pack in packs_of(twin):
+            move(pack.members[2])
+        assert not any(are_together(twin))
+
+
+def test_savers_find_every_weight(tmp_path):
+    accelerate, safetensors = pytest.importorskip("accelerate"), pytest.importorskip("safetensors.torch")
+    model = made("siglip").float()
+    lk.hf.optimize(model, impl="reference")
+    state = model.state_dict()
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(accelerator.prepare(model), tmp_path)
+    safetensors.save_model(model, str(tmp_path / "alone.safetensors"))
+    for file in ("model.safetensors", "alone.safetensors"):
+        found = safetensors.load_file(tmp_path / file)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+    torch.save({"weight": model.encoder.layers[0].self_attn.q_proj.weight}, tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 2 * 32 * 32 * 4
+
+
+def test_hooks_change_outputs_in_place_and_copies_of_a_layer_work_alone():
+    results = []
+    for optimised in (False, True):
+        model, x = made("clip"), pixels().requires_grad_()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        attention = model.encoder.layers[0].self_attn
+        attention.q_proj.register_forward_hook(lambda _, __, output: output.mul_(2))
+        alone = copy.copy(attention.k_proj)(torch.ones(1, 2, 32, dtype=x.dtype))
+        y = model(x).last_hidden_state
+        results.append([alone, y, *torch.autograd.grad(y.sum(), x)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_of_all_modules_see_every_module():
+    seen = []
+    for optimised in (False, True):
+        model, x = made("clip"), pixels()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        calls = []
+        handle = nn.modules.module.register_module_forward_hook(lambda *_, calls=calls: calls.append(1))
+        try:
+            features(model, x)
+        finally:
+            handle.remove()
+        seen.append(len(calls))
+    assert seen[0] == seen[1]
+
+
+def test_a_forward_of_somebody_elses_stays():
+    model, x = made("clip"), pixels()
+    layer = model.encoder.layers[1]
+    layer.layer_norm2.forward = torch.zeros_like
+    stock_forward = model.forward
+    model.forward = lambda *args, **kwargs: stock_forward(*args, **kwargs)
+    mine, expected = model.forward, features(model, x)
+    for options in ({}, {"graphs": True}, {"compile": True, "fuse": False}):
+        lk.hf.optimize(model, impl="reference", **options)
+        assert inspect.signature(model.forward) == inspect.signature(mine)
+        if "compile" not in options:
+            torch.testing.assert_close(features(model, x), expected, rtol=1e-9, atol=1e-9)
+        lk.hf.restore(model)
+        assert model.forward is mine
+
+
+def test_what_came_last_is_undone_first():
+    model, x = made("siglip"), pixels()
+    expected, before = features(model, x), classes(model)
+    lk.hf.optimize(model, impl="reference")
+    layer = model.encoder.layers[0].self_attn.q_proj
+    nn.utils.parametrizations.weight_norm(layer)
+    torch.testing.assert_close(features(model, x), expected, rtol=1e-9, atol=1e-9)
+    fused_classes = classes(model)
+    with pytest.raises(RuntimeError, match=r"^encoder: got a layer that has become a ParametrizedPackedLinear"):
+        lk.hf.restore(model)
+    assert classes(model) == fused_classes
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    lk.hf.restore(model)
+    assert classes(model) == before
+
+
+def test_optimised_in_inference_mode_it_still_trains():
+    model, x = made("clip"), pixels()
+
+    def gradients():
+        parameters = [p for name, p in model.named_parameters() if "post_layernorm" not in name]  # of the pooled output
+        return torch.autograd.grad(model(x).last_hidden_state.sum(), parameters)
+
+    expected = gradients()
+    for change in (lambda: lk.hf.optimize(model, impl="reference"), lambda: lk.hf.restore(model)):
+        with torch.inference_mode():
+            change()
+            features(model, x)
+        for ours, theirs in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_transforms_run_the_stock_layers():
+    model, x = made("clip", attn_implementation="eager"), pixels()
+    model.requires_grad_(False)
+    expected = features(model, x)
+    lk.hf.optimize(model, impl="reference")
+    one_by_one = torch.func.vmap(lambda image: model(image[None]).last_hidden_state[0])(x)
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-9, atol=1e-9)
