@@ -8,7 +8,7 @@ window are neighbours, ``[H/r][W/r][dy][dx]``, so that merging a window is a vie
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,3 +156,42 @@ class Windows:
         sides = (height, r, width, r) if blocks_first else (height, width, r, r)
         patches = patches.unflatten(dim, sides).transpose(dim + 1, dim + 2).flatten(dim, dim + 3)
         return torch.cat([prefix, patches], dim) if self.prefix_tokens else patches
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Merges one behind the other: the windows of the first, those of what comes out of it, and so on.
+
+    In block order the tokens of a window are neighbours, and so are the windows of a window of the next stage; each merge is
+    then a view of what the one before it leaves.
+
+    Args:
+        stages: the windows of each merge, with the same prefix; the grid of each is the ``out_grid`` of the one before it.
+    """
+
+    stages: tuple[Windows, ...]
+
+    def to_block_order(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Put the patch tokens along ``dim`` (``P + N`` entries in raster order) window by window; the prefix stays first."""
+        dim = dim % tokens.dim()
+        for i in range(len(self.stages)):
+            tokens = self._reorder(tokens, dim, i, blocks_first=True)
+        return tokens
+
+    def to_raster_order(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Undo :meth:`to_block_order`."""
+        dim = dim % tokens.dim()
+        for i in reversed(range(len(self.stages))):
+            tokens = self._reorder(tokens, dim, i, blocks_first=False)
+        return tokens
+
+    def _reorder(self, tokens: torch.Tensor, dim: int, i: int, *, blocks_first: bool) -> torch.Tensor:
+        """Order the windows of stage ``i - 1``, whole, as stage ``i`` wants them."""
+        first, stage = self.stages[0], self.stages[i]
+        if i == 0:
+            return first._reorder(tokens, dim, blocks_first=blocks_first)
+        prefix = tokens.narrow(dim, 0, first.prefix_tokens)
+        patches = tokens.narrow(dim, first.prefix_tokens, first.num_patches)
+        groups = patches.unflatten(dim, (stage.num_patches, first.num_patches // stage.num_patches))
+        patches = replace(stage, prefix_tokens=0)._reorder(groups, dim, blocks_first=blocks_first).flatten(dim, dim + 1)
+        return torch.cat([prefix, patches], dim) if first.prefix_tokens else patches

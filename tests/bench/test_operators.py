@@ -13,8 +13,9 @@ from laco_kernels.bench.memory import LiveTensors
 from laco_kernels.bench.operators import measure_case
 from laco_kernels.bench.timing import spread
 from laco_kernels.geometry import Windows
-from laco_kernels.hf.mixins import inner_layout
+from laco_kernels.hf.points import route_of
 from laco_kernels.kernels import select
+from laco_kernels.nn import build_compressor
 
 CPU = torch.device("cpu")
 CASES = {(case.op, case.direction): case for case in op_cases.tiny(op_cases.op_cases("float32")) if case.grid == (6, 6)}
@@ -211,8 +212,11 @@ def test_the_cases_are_those_of_the_papers_and_the_telling_ones_come_first():
     inside = op_cases.encoder_cases("bfloat16")
     assert len(inside) == len(set(inside)) == 3 * (4 * 2 + 2)
     for case in inside:
-        config = SimpleNamespace(compression={"layout": "block"})
-        assert case.facts["layout"] == inner_layout(config, case.windows), "as in an encoder of hf.compress"
+        config = SimpleNamespace(compression={"layout": "block"}, patch_size=1, prefix_tokens=case.windows.prefix_tokens)
+        merge = build_compressor("laco", in_dim=case.channels, pad=True)
+        assert case.facts["layout"] == route_of(config, [merge], *case.windows.grid).layout(0), (
+            "as in an encoder of hf.compress"
+        )
     assert {case.facts.get("layout") for case in cases if case.op != "patch_merge"} == {None}
     assert {case.batch for case in cases} == {1, 4, 16, 64}
     by_name = {case.encoder: case for case in cases if case.op == "patch_merge"}

@@ -37,6 +37,6 @@ def compressed(encoder, **options):
     torch.manual_seed(3)
     model = lk.hf.compress(encoder, **{"zero_init_last": False, **options})
     with torch.no_grad():
-        for parameter in model.merging_layer.merge.parameters():
+        for parameter in model.merges[0].parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model

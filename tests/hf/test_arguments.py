@@ -37,14 +37,14 @@ REFUSALS = [
     ({"depth": 1.5}, ValueError, r"depth: got 1\.5"),
     ({"depth": float("nan")}, ValueError, "depth: got nan"),
     ({"depth": "1/4"}, TypeError, "depth: got '1/4', expected a number"),
-    ({"depth": 0.5, "layer": 2}, ValueError, r"depth: got 0\.5 together with layer=2, expected one of the two"),
+    ({"depth": 0.5, "layer": 2}, ValueError, r"depth, layer, layers: got depth=0\.5 together with layer=2, expected one"),
     ({"ratio": 1}, ValueError, "ratio: got 1, expected an integer of at least 2"),
     ({"ratio": 2.5}, TypeError, r"ratio: got 2\.5"),
     ({"layout": "nchw"}, ValueError, "layout: got 'nchw', expected one of 'raster', 'block'"),
-    ({"compressor": "magic"}, ValueError, "compressor: got 'magic', expected one of 'laco'"),
+    ({"compressor": "magic"}, ValueError, "compressor: got 'magic', expected one of laco, "),
     ({"residual": "sum"}, ValueError, "residual: got 'sum'"),
     ({"out_dim": 16}, TypeError, "out_dim: got 16, expected no value"),
-    ({"hiden_dim": 16}, TypeError, "options: got hiden_dim, expected some of hidden_dim, residual, norm"),
+    ({"hiden_dim": 16}, TypeError, "options: got hiden_dim, expected some of residual, hidden_dim, norm.*'hidden_dim'"),
 ]
 
 

@@ -77,8 +77,8 @@ def test_a_stock_checkpoint_lacks_exactly_the_merge(family, tmp_path):
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in encoder.state_dict().items())
-    assert loaded.merging_layer.merge.linear2.weight.abs().sum() == 0
-    assert 0 < loaded.merging_layer.merge.linear1.weight.std() < 0.03
+    assert loaded.merges[0].layer.linear2.weight.abs().sum() == 0
+    assert 0 < loaded.merges[0].layer.linear1.weight.std() < 0.03
 
 
 @every_family

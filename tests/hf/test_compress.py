@@ -21,9 +21,9 @@ def by_hand(encoder, model, images, layer, ratio, side):
     path = "encoder.layer" if hasattr(encoder.encoder, "layer") else "encoder.layers"
     layers = encoder.get_submodule(path)
     states = encoder(images, output_hidden_states=True).hidden_states
-    merge = model.merging_layer.merge
+    merge = model.merges[0]
     windows = Windows((side, side), ratio, model.config.prefix_tokens, pad=True)
-    mlp = merge.linear1.weight, merge.linear1.bias, merge.linear2.weight, merge.linear2.bias
+    mlp = merge.layer.linear1.weight, merge.layer.linear1.bias, merge.layer.linear2.weight, merge.layer.linear2.bias
     state, _ = reference.patch_merge_forward(states[layer], *mlp, windows=windows, residual_kind=merge.residual)
     for block in layers[layer:]:
         state = block(state) if "internvl" in encoder.config.model_type else block(state, attention_mask=None)
@@ -100,7 +100,7 @@ def test_it_shares_weights_and_leaves_the_stock_encoder_alone(family):
 
 def merge_keys(model, layer=0):
     path = f"{model.layers_path}.{layer}.merge"
-    return {f"{path}.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    return {f"{path}.layer.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 
 
 def test_it_keeps_mode_dtype_and_frozen_parameters(family):
@@ -127,9 +127,9 @@ def test_a_config_gives_random_weights(family):
     torch.manual_seed(0)
     model = lk.hf.compress(config, depth=1)
     assert type(model) is type(lk.hf.compress(stock(family)))
-    merge = model.merging_layer.merge
-    assert merge.linear1.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert merge.linear2.weight.abs().sum() == 0
+    merge = model.merges[0]
+    assert merge.layer.linear1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert merge.layer.linear2.weight.abs().sum() == 0
     assert model(pixels(dtype=torch.float32)).last_hidden_state.isfinite().all()
 
 
@@ -161,7 +161,7 @@ def test_a_recomputation_uses_the_image_size_of_its_own_forward(family):
         output = model(wide, **options).last_hidden_state
         model(tall, **options)
         output.square().sum().backward()
-        gradients.append(model.merging_layer.merge.linear1.weight.grad.clone())
+        gradients.append(model.merges[0].layer.linear1.weight.grad.clone())
     torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
 
 
@@ -204,13 +204,13 @@ def test_autocast_keeps_the_residual_stream(family):
     x = torch.randn(2, PREFIX[family] + 16, 32)
     with torch.autocast("cpu", torch.bfloat16):
         states = model(pixels(dtype=torch.float32), output_hidden_states=True).hidden_states
-        merged = model.merging_layer.merge(x, (4, 4))
+        merged, _ = model.merges[0](x, (4, 4))
     assert states[1].dtype == states[2].dtype
     assert merged.dtype == torch.float32
     assert torch.equal(merged[:, : PREFIX[family]], x[:, : PREFIX[family]])
     # Only the MLP is rounded: what it adds to the exact residual is a bfloat16.
     added = (merged - torch.cat([x[:, : PREFIX[family]], reference.residual(x, windows_4x4(family), "mean")], 1)).abs()
-    full = (model.merging_layer.merge(x, (4, 4)) - merged).abs()
+    full = (model.merges[0](x, (4, 4))[0] - merged).abs()
     assert full.max() < added.max() * 0.02
 
 
@@ -244,7 +244,7 @@ def test_offloading_brings_the_merges_weights(family):
     images = pixels(dtype=torch.float32)
     expected = model(images).last_hidden_state
     accelerate.cpu_offload(model, execution_device="cpu")
-    assert model.merging_layer.merge.linear1.weight.is_meta
+    assert model.merges[0].layer.linear1.weight.is_meta
     torch.testing.assert_close(model(images).last_hidden_state, expected)
 
 
@@ -269,7 +269,7 @@ def test_a_part_alone_can_be_compiled(family, part):
     with torch.no_grad():
         expected = [model(image, **options).last_hidden_state for image in images]
         torch._dynamo.reset()
-        (model.encoder if part == "encoder" else model.merging_layer).compile(backend="eager")
+        (model.encoder if part == "encoder" else model.merging_layers[0]).compile(backend="eager")
         for image, output in zip(images, expected, strict=True):
             torch.testing.assert_close(model(image, **options).last_hidden_state, output, **EXACT)
 
@@ -300,9 +300,9 @@ def test_gradient_checkpointing_is_inherited_with_its_arguments(family):
     encoder = stock(family)
     encoder.gradient_checkpointing_enable({"use_reentrant": True})
     model = lk.hf.compress(encoder)
-    assert model.merging_layer._gradient_checkpointing_func.keywords == {"use_reentrant": True}
+    assert model.merging_layers[0]._gradient_checkpointing_func.keywords == {"use_reentrant": True}
 
 
 def test_the_merging_layer_is_never_split_over_devices(family):
     model = lk.hf.compress(stock(family))
-    assert type(model.merging_layer).__name__ in model._no_split_modules
+    assert type(model.merging_layers[0]).__name__ in model._no_split_modules

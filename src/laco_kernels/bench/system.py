@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,8 +21,8 @@ from laco_kernels.bench.memory import peak_bytes
 from laco_kernels.bench.timing import Spread, between, interleave, milliseconds, paired_ratio, spread, stamp
 from laco_kernels.errors import complaint
 from laco_kernels.hf.compress import compress, layer_at, load_stock
-from laco_kernels.hf.mixins import inner_layout, windows_of
 from laco_kernels.hf.optimize import optimize, restore
+from laco_kernels.hf.points import route_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,7 +192,7 @@ def measure_vec(
                 depth=depth,
                 mode=mode,
                 layer=model.config.compression["layer"],
-                added_parameters=sum(p.numel() for p in model.merging_layer.merge.parameters()),
+                added_parameters=sum(p.numel() for p in model.merges[0].parameters()),
                 vec_ms=spread(times[f"{depth} {mode}"]),
                 ratio=paired_ratio(times[f"1 {modes[0]}"], times[f"{depth} {mode}"]),
                 mode_ratio=paired_ratio(times[f"{depth} {modes[0]}"], times[f"{depth} {mode}"]),
@@ -211,7 +212,7 @@ def _variants(
     for mode in modes:
         # Not the zero start: the correctness tick shall see the MLP.
         model = made[mode] = compress(encoder, layer=layer, zero_init_last=False)
-        model.merging_layer.merge = made[modes[0]].merging_layer.merge
+        model.merging_layers[0].merge = made[modes[0]].merges[0]
         if MODES[mode]:
             optimize(model, **MODES[mode], impl=impl)
         model.train(training)
@@ -241,8 +242,8 @@ def _judge(
     compression = model.config.compression
     options = {"layer": compression["layer"], "layout": "raster", **compression["options"]}
     eager, exact = compress(encoder, **options), compress(exact_encoder, **options)
-    eager.merging_layer.merge = model.merging_layer.merge
-    exact.merging_layer.merge.load_state_dict(model.merging_layer.merge.state_dict())
+    eager.merging_layers[0].merge = model.merges[0]
+    exact.merges[0].load_state_dict(model.merges[0].state_dict())
 
     def features(variant: CompressedEncoder, pixels: torch.Tensor) -> torch.Tensor:
         training = variant.training
@@ -296,8 +297,9 @@ def overhead(model: CompressedEncoder, pixels: torch.Tensor) -> float:
     encoder = model.get_submodule(model.layers_path.split(".")[0])
     parts = [child for child in model.children() if child is not encoder] + list(model.get_submodule(model.layers_path))
     device = pixels.device
-    windows = windows_of(model.config, *pixels.shape[-2:])
-    tokens = torch.randn(len(pixels), windows.num_tokens, model.config.hidden_size, dtype=pixels.dtype, device=device)
+    route = route_of(model.config, model.merges, *pixels.shape[-2:])
+    num_tokens = model.config.prefix_tokens + math.prod(route.grids[0] or ())
+    tokens = torch.randn(len(pixels), num_tokens, model.config.hidden_size, dtype=pixels.dtype, device=device)
     stamps: list[Any] = []
     handles = [part.register_forward_pre_hook(lambda *_: stamps.append(stamp(device))) for part in parts]
     handles += [part.register_forward_hook(lambda *_: stamps.append(stamp(device))) for part in parts]
@@ -306,8 +308,8 @@ def overhead(model: CompressedEncoder, pixels: torch.Tensor) -> float:
         stamps.clear()
         total = milliseconds(lambda: model(pixels), device)
         inside = sum(between(start, stop) for start, stop in zip(stamps[::2], stamps[1::2], strict=True))
-        if inner_layout(model.config, windows) == "block":
-            inside -= milliseconds(lambda: windows.to_block_order(tokens), device)
+        if (order := route.order) is not None:
+            inside -= milliseconds(lambda: order.to_block_order(tokens), device)
         ratios.append(total / inside - 1)
     for handle in handles:
         handle.remove()

@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -17,8 +18,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
 from laco_kernels.hf.encoders import FAMILIES
-from laco_kernels.hf.mixins import CompressedEncoder, CompressionConfig, build_merge
 from laco_kernels.hf.optimize import optimize, settings_of
+from laco_kernels.hf.points import CompressionConfig, as_list, build_merges
+
+if TYPE_CHECKING:
+    from laco_kernels.hf.mixins import CompressedEncoder
 
 DEFAULT_DEPTH = Fraction(1, 4)
 
@@ -28,14 +32,15 @@ def compress(
     *,
     depth: float | Fraction | None = None,
     layer: int | None = None,
+    layers: Sequence[int] | None = None,
     compressor: str = "laco",
-    ratio: int = 2,
+    ratio: int | Sequence[int] = 2,
     layout: str = "block",
     **options: Any,
 ) -> CompressedEncoder:
-    """Return ``encoder`` with its tokens merged ``ratio x ratio`` to one after one of its layers (LaCo).
+    """Return ``encoder`` with its tokens merged ``ratio x ratio`` to one after one of its layers (LaCo), or several.
 
-    The layers behind the merge run on ``N' = ceil(H / ratio) * ceil(W / ratio)`` tokens; class tokens pass through. The
+    The layers behind a merge run on ``N' = ceil(H / ratio) * ceil(W / ratio)`` tokens; class tokens pass through. The
     result is a transformers model of its own registered class: ``save_pretrained``, ``AutoModel.from_pretrained``,
     gradient checkpointing, ``output_hidden_states``, ``torch.compile`` and PEFT work as usual. Its parameters keep the
     stock names; the new ones are ``<layers>.<layer - 1>.merge.*``.
@@ -48,12 +53,16 @@ def compress(
         depth: where to merge as a fraction of the depth, in ``(0, 1]``; layers are rounded half up, and 1 merges behind
             the last layer, in front of the final norm. 1/4 if neither ``depth`` nor ``layer`` is given.
         layer: the same as a number of layers, 1 to ``num_hidden_layers``.
-        compressor: ``"laco"``.
-        ratio: side of a window in patches, at least 2. Grids it does not divide are zero-padded.
-        layout: ``"block"`` (default) lets tokens lie window by window in front of the merge, which is then a view;
-            ``"raster"`` gathers the windows instead. Outputs are the same, and always in raster order.
-        **options: options of :class:`laco_kernels.nn.PatchMergeLayer`: ``hidden_dim``, ``residual``, ``norm``, ``bias``,
-            ``zero_init_last``, ``approximate``.
+        layers: several of them, ascending, to compress step by step: each point reads what the one before it leaves.
+        compressor: one of :data:`laco_kernels.nn.COMPRESSORS` that may stand inside an encoder.
+        ratio: side of a window in patches, at least 2; a sequence has one for each of ``layers``. Windows of grids that it does
+            not divide are zero-padded.
+        layout: ``"block"`` (default) lets tokens lie window by window in front of a merge that reads nothing but its
+            windows, which is then a view; ``"raster"`` gathers the windows instead. Outputs are the same, and in raster
+            order where the compressor leaves a grid.
+        **options: the compressor's own options, of all points: ``residual`` of any that learns, and for ``"laco"``
+            ``hidden_dim``, ``norm``, ``bias``, ``zero_init_last`` and ``approximate``
+            (:class:`laco_kernels.nn.PatchMergeLayer`).
 
     Returns:
         The compressed encoder, on the device, in the dtype and in the training mode of ``encoder``, and optimised
@@ -73,17 +82,15 @@ def compress(
         raise TypeError(complaint("encoder", f"a {type(source).__name__}", f"one of {_supported()}", remedy))
     config_class, model_class = FAMILIES[stock]
     compression = {
-        "layer": _layer(depth, layer, config.num_hidden_layers),
+        "layer": _layers(depth, layer, layers, config.num_hidden_layers),
         "compressor": compressor,
-        "ratio": int(integer("ratio", ratio, 2)),
+        "ratio": _ratios(ratio, layers),
         "layout": layout,
-        "options": options,
+        "options": {name: _plain(option) for name, option in options.items()},
     }
     inherited = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     compressed = config_class(**inherited, compression=compression, attn_implementation=config._attn_implementation)
-    merge = build_merge(compressed, device="meta")  # refuses wrong options before weights are touched
-    if "hidden_dim" in options:
-        options["hidden_dim"] = int(merge.hidden_dim)  # as JSON can hold it
+    build_merges(compressed, device="meta")  # refuses wrong options before weights are touched
     if source is None:
         model = model_class(compressed)
         return model.to(config.dtype) if config.dtype is not None else model
@@ -132,18 +139,35 @@ def layer_at(depth: float | Fraction, num_layers: int) -> int:
     return max(1, math.floor(depth * num_layers + Fraction(1, 2)))
 
 
-def _layer(depth: float | Fraction | None, layer: int | None, num_layers: int) -> int:
-    if depth is not None and layer is not None:
-        raise ValueError(complaint("depth", f"{depth} together with layer={layer}", "one of the two", "Drop one of them"))
+def _layers(depth: float | Fraction | None, layer: int | None, layers: Sequence[int] | None, count: int) -> int | list[int]:
+    given = [f"{name}={value}" for name, value in (("depth", depth), ("layer", layer), ("layers", layers)) if value is not None]
+    if len(given) > 1:
+        raise ValueError(complaint("depth, layer, layers", " together with ".join(given), "one of them", "Drop the others"))
+    if layers is not None:
+        if not isinstance(layers, Sequence) or isinstance(layers, str):
+            raise TypeError(complaint("layers", repr(layers), "a list of integers", "Pass for instance layers=[6, 18]"))
+        return [int(integer("layers", number, 1)) for number in layers]  # build_merges looks at the other end
     if layer is not None:
-        return int(integer("layer", layer, 1))  # build_merge looks at the other end
+        return int(integer("layer", layer, 1))
     depth = DEFAULT_DEPTH if depth is None else depth
     if isinstance(depth, bool) or not isinstance(depth, Real):
         raise TypeError(complaint("depth", repr(depth), "a number in (0, 1]", "Pass a fraction such as depth=1/4"))
     if not 0 < depth <= 1:
         remedy = "Pass a fraction such as depth=1/4, or layer=... for a number of layers"
         raise ValueError(complaint("depth", depth, "a fraction in (0, 1]", remedy))
-    return layer_at(depth if isinstance(depth, Fraction) else float(depth), num_layers)
+    return layer_at(depth if isinstance(depth, Fraction) else float(depth), count)
+
+
+def _ratios(ratio: Any, layers: Sequence[int] | None) -> int | list[int]:
+    ratios = [int(integer("ratio", number, 2)) for number in as_list(ratio)]
+    if layers is None and len(ratios) == 1:
+        return ratios[0]
+    return ratios * len(layers or ()) if not isinstance(ratio, (list, tuple)) else ratios
+
+
+def _plain(option: Any) -> Any:
+    """Return an integer of NumPy's, say, as JSON can hold it."""
+    return int(option) if hasattr(option, "__index__") and not isinstance(option, bool) else option
 
 
 def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str | None]:
@@ -205,9 +229,9 @@ def _share_weights(
             target.register_parameter(name, tensor)
         else:
             target._buffers[name] = tensor
-    merge = model.merging_layer.merge
-    merge.to_empty(device=encoder.device).to(encoder.dtype)
-    merge.reset_parameters()
+    for merge in model.merges:
+        merge.to_empty(device=encoder.device).to(encoder.dtype)
+        merge.reset_parameters()
     model.train(encoder.training)
     for name, module in encoder.named_modules():
         model.get_submodule(name).training = module.training

@@ -6,8 +6,10 @@ Their stock counterparts add absolute positions once and attend globally without
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
+import torch
 from transformers import (
     Aimv2VisionConfig,
     Aimv2VisionModel,
@@ -24,10 +26,15 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.aimv2.modeling_aimv2 import Aimv2EncoderLayer, Aimv2VisionEmbeddings
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
-from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddings, InternVLVisionLayer
+from transformers.models.internvl.modeling_internvl import (
+    InternVLVisionAttention,
+    InternVLVisionEmbeddings,
+    InternVLVisionLayer,
+)
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from laco_kernels.hf.mixins import BlockOrderEmbeddings, CompressedEncoder, CompressionConfig, MergingLayer
+from laco_kernels.hf.mixins import BlockOrderEmbeddings, CompressedEncoder, MergingLayer
+from laco_kernels.hf.points import CompressionConfig
 
 
 class LacoAimv2VisionConfig(CompressionConfig, Aimv2VisionConfig):
@@ -44,6 +51,9 @@ class LacoAimv2VisionEmbeddings(BlockOrderEmbeddings, Aimv2VisionEmbeddings):
 
 class LacoAimv2EncoderLayer(MergingLayer, Aimv2EncoderLayer):
     """AIMv2's encoder layer with a merge behind it."""
+
+    attention_name = "attention"
+    norm_name = "rms_norm1"
 
 
 class LacoAimv2VisionModel(CompressedEncoder, Aimv2VisionModel):
@@ -94,8 +104,43 @@ class LacoInternVLVisionEmbeddings(BlockOrderEmbeddings, InternVLVisionEmbedding
     """InternViT's embeddings, window by window."""
 
 
+class LacoInternVLVisionAttention(InternVLVisionAttention):
+    """InternViT's attention, whose layer takes no mask, with a bias that travels beside the call."""
+
+    bias: torch.Tensor | None = None  # for a compiler's trace, which cannot follow a context variable
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend among ``[B, P + N, C]``."""
+        if attention_mask is None:
+            attention_mask = self.bias if torch.compiler.is_compiling() else _current_bias.get()
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+
+_current_bias: ContextVar[torch.Tensor | None] = ContextVar("current_bias", default=None)
+
+
 class LacoInternVLVisionLayer(MergingLayer, InternVLVisionLayer):
     """InternViT's encoder layer with a merge behind it."""
+
+    attention_name = "attention"
+    norm_name = "layernorm_before"
+
+    def __init__(self, config: LacoInternVLVisionConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.attention = LacoInternVLVisionAttention(config)
+
+    def attend_with_bias(self, bias: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the stock layer with ``bias [B, 1, 1, P + N]`` on attention's logits."""
+        self.attention.bias = bias if torch.compiler.is_compiling() else None
+        token = None if torch.compiler.is_compiling() else _current_bias.set(bias)
+        try:
+            return super(MergingLayer, self).forward(hidden_states, *args, **kwargs)
+        finally:
+            self.attention.bias = None
+            if token is not None:
+                _current_bias.reset(token)
 
 
 class LacoInternVLVisionModel(CompressedEncoder, InternVLVisionModel):

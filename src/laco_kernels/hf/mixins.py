@@ -1,13 +1,12 @@
 """What turns a stock vision encoder of transformers into a compressed one, whatever its family.
 
 Three mixins, each put in front of a stock class: embeddings that order the patches window by window, an encoder layer with
-a merge as child module, and the model that holds both together. Parameters keep their stock names; the only new ones are
-``<layers>.<k - 1>.merge.*``.
+a compressor as child module, and the model that holds both together. Parameters keep their stock names; the only new ones
+are ``<layers>.<k - 1>.merge.*``.
 """
 
 from __future__ import annotations
 
-import inspect
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,89 +15,21 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from laco_kernels.errors import complaint
-from laco_kernels.geometry import Windows, integer
-from laco_kernels.nn import PatchMergeLayer
-from laco_kernels.ops.checks import check_choice
-from laco_kernels.ops.patch_merge import LAYOUTS
+from laco_kernels.geometry import Cascade
+from laco_kernels.hf.points import CompressionConfig, Journey, build_merges, points_of, route_of, sides
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
+    from laco_kernels.nn import Compressor
 
-class CompressionConfig:
-    """Mixin for the config of a compressed encoder.
-
-    ``compression`` is a dictionary: ``layer`` (tokens are merged after it, counted from 1), ``compressor``, ``ratio``,
-    ``layout`` and the compressor's own ``options``.
-    """
-
-    model_type: ClassVar[str]
-    prefix_tokens: ClassVar[int]
-    compression: Any
-    hidden_size: int
-    num_hidden_layers: int
-    image_size: int | list[int] | tuple[int, ...]
-    patch_size: int | list[int] | tuple[int, ...]
+# The images that this thread is encoding, from the model down to its embeddings and merging layers.
+_current_journey: ContextVar[Journey | None] = ContextVar("current_journey", default=None)
 
 
-COMPRESSORS = ("laco",)
-FIXED_OPTIONS = ("dim", "ratio", "out_dim", "prefix_tokens", "pad", "device", "dtype")
-
-# The windows of the images that this thread is encoding, from the model down to its merging layer.
-_current_windows: ContextVar[Windows | None] = ContextVar("current_windows", default=None)
-
-
-def build_merge(config: Any, device: torch.device | str | None = None) -> PatchMergeLayer:
-    """Build the merge that ``config.compression`` describes.
-
-    Raises:
-        TypeError: if an entry has the wrong type, or an option is unknown or not the user's to choose.
-        ValueError: if there is no compression, an entry is missing, unknown or out of range.
-    """
-    compression = config.compression
-    wanted = ("layer", "compressor", "ratio", "layout", "options")
-    if not isinstance(compression, dict) or set(compression) != set(wanted):
-        given = f"a {type(config).__name__} with compression={compression!r}"
-        remedy = "Build the model with laco_kernels.hf.compress"
-        raise ValueError(complaint("config", given, f"a dictionary of {', '.join(wanted)}", remedy))
-    if integer("layer", compression["layer"], 1) > config.num_hidden_layers:
-        expected = f"1 to {config.num_hidden_layers}, the layers of this encoder"
-        remedy = f"Pass layer={config.num_hidden_layers} to compress behind the encoder"
-        raise ValueError(complaint("layer", compression["layer"], expected, remedy))
-    check_choice("compressor", compression["compressor"], COMPRESSORS)
-    check_choice("layout", compression["layout"], LAYOUTS)
-    options = compression["options"]
-    if not isinstance(options, dict):
-        raise ValueError(complaint("options", repr(options), "a dictionary, empty for none", "Pass options={}"))
-    for name in options:
-        if name in FIXED_OPTIONS:
-            raise TypeError(complaint(name, repr(options[name]), "no value, since the encoder decides it", f"Drop {name}"))
-        if name not in inspect.signature(PatchMergeLayer).parameters:
-            known = [key for key in inspect.signature(PatchMergeLayer).parameters if key not in FIXED_OPTIONS]
-            raise TypeError(complaint("options", name, f"some of {', '.join(known)}", "Correct the spelling"))
-    return PatchMergeLayer(
-        config.hidden_size,
-        compression["ratio"],
-        prefix_tokens=config.prefix_tokens,
-        pad=True,
-        device=device,
-        **options,
-    )
-
-
-def windows_of(config: CompressionConfig, height: int, width: int) -> Windows:
-    """Return the windows of an image of ``height x width`` pixels."""
-    patch = config.patch_size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    return Windows((height // patch_height, width // patch_width), config.compression["ratio"], config.prefix_tokens, pad=True)
-
-
-def inner_layout(config: CompressionConfig, windows: Windows) -> str:
-    """Return how patch tokens lie between the embeddings and the merge.
-
-    An odd grid keeps raster order: padding tokens must not enter attention, so there are no complete blocks.
-    """
-    return config.compression["layout"] if windows.is_even else "raster"
+def begin_journey(config: CompressionConfig, height: int, width: int) -> Journey:
+    """Set out with images of ``height x width`` pixels; for parts that are called without the model around them."""
+    return Journey(route_of(config, build_merges(config, device="meta"), height, width))
 
 
 class BlockOrderEmbeddings(nn.Module):
@@ -111,44 +42,99 @@ class BlockOrderEmbeddings(nn.Module):
     def __init__(self, config: CompressionConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.journey: Journey | None = None  # for a compiler's trace, which cannot follow a context variable
 
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Embed images ``[B, 3, height, width]`` into ``[B, P + N, C]``."""
         tokens = super().forward(pixel_values, *args, **kwargs)
-        windows = windows_of(self.config, *pixel_values.shape[-2:])
-        return windows.to_block_order(tokens) if inner_layout(self.config, windows) == "block" else tokens
+        journey = self.journey if torch.compiler.is_compiling() else _current_journey.get()
+        if journey is None:
+            journey = begin_journey(self.config, *pixel_values.shape[-2:])
+        order = journey.route.order
+        return tokens if order is None else order.to_block_order(tokens)
 
 
 class MergingLayer(nn.Module):
-    """Mixin for the encoder layer that merges its output's tokens."""
+    """Mixin for an encoder layer that compresses its output's tokens, or comes behind one whose tokens have sizes.
 
-    def __init__(self, config: CompressionConfig) -> None:
+    Args:
+        config: the compressed encoder's.
+        merge: the compressor; ``None`` behind it.
+        point: the number of the point, from 0, where there is a compressor.
+        in_proportion: whether tokens that stand for more patches get more attention.
+    """
+
+    attention_name: ClassVar[str] = "self_attn"
+    norm_name: ClassVar[str] = "layer_norm1"
+
+    def __init__(
+        self, config: CompressionConfig, merge: Compressor | None, point: int = 0, *, in_proportion: bool = False
+    ) -> None:
         super().__init__(config)
         self.config = config
-        self.windows: Windows | None = None  # for a compiler's trace, which cannot follow a context variable
-        self.merge = build_merge(config)
+        self.journey: Journey | None = None  # for a compiler's trace, which cannot follow a context variable
+        self.merge: Any = merge
+        self.point, self.in_proportion = point, in_proportion
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand the windows on as an argument, so that a recomputation in the backward pass sees those of its forward."""
-        windows = self.windows if torch.compiler.is_compiling() else _current_windows.get()
-        if windows is None:  # called without the model around it
-            size = self.config.image_size
-            windows = windows_of(self.config, *((size, size) if isinstance(size, int) else size))
-        return super().__call__(*args, windows=windows, **kwargs)
+        """Hand the journey on as an argument, so that a recomputation in the backward pass sees that of its forward."""
+        journey = self.journey if torch.compiler.is_compiling() else _current_journey.get()
+        if journey is None:  # called without the model around it
+            journey = begin_journey(self.config, *sides(self.config.image_size))
+        return super().__call__(*args, journey=journey, sizes=journey.sizes, **kwargs)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, windows: Windows, **kwargs: Any) -> torch.Tensor:
-        """Run the stock layer on ``[B, P + N, C]``, then merge into ``[B, P + N', C]``."""
-        hidden_states = super().forward(hidden_states, *args, **kwargs)
-        merged = self.merge(hidden_states, windows.grid, layout=inner_layout(self.config, windows))
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, journey: Journey, sizes: torch.Tensor | None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run the stock layer on ``[B, P + N, C]``, then compress into ``[B, P + N', C]``."""
+        if sizes is None or not self.in_proportion:
+            states = super().forward(hidden_states, *args, **kwargs)
+        else:
+            if "flash" in (self.config._attn_implementation or ""):
+                given = f"{self.config._attn_implementation!r} behind tokens of different sizes"
+                remedy = "Compress with proportional=False, or call set_attn_implementation('sdpa')"
+                raise RuntimeError(complaint("attn_implementation", given, "one that takes a bias", remedy))
+            bias = sizes.log().to(hidden_states.dtype)[:, None, None, :]
+            states = self.attend_with_bias(bias, hidden_states, *args, **kwargs)
+        if self.merge is None:
+            return states
+        route = journey.route
+        if not self.merge.reads_attention:
+            merged, _ = self.merge(states, route.grids[self.point], layout=route.layout(self.point))
+        elif self.merge.counts_patches:
+            merged, journey.sizes = self.merge.merge_all(states, self.attended(hidden_states)[0], sizes)
+        else:
+            keys, query = self.attended(hidden_states)
+            merged, _ = self.merge(states, route.grids[self.point], keys=keys, query=query)
         # Without a residual autocast would lower the precision of the stream.
-        return merged.to(hidden_states.dtype)
+        return merged.to(states.dtype)
+
+    def attend_with_bias(self, bias: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the stock layer, which takes an attention mask first, with ``bias [B, 1, 1, P + N]`` on attention's logits."""
+        args = args or (kwargs.pop("attention_mask", None),)
+        return super().forward(hidden_states, bias if args[0] is None else args[0] + bias, *args[1:], **kwargs)
+
+    def attended(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the keys ``[B, P + N, heads, head_dim]`` of the layer's input and the class token's query, if there is one."""
+        attention = getattr(self, self.attention_name)
+        normed = getattr(self, self.norm_name)(hidden_states)
+        heads = (attention.num_heads, -1)
+        keys = attention.k_proj(normed)
+        if hasattr(attention, "k_norm"):
+            keys = attention.k_norm(keys)
+        if self.config.prefix_tokens == 0:
+            return keys.unflatten(2, heads), None
+        query = attention.q_proj(normed[:, :1])
+        if hasattr(attention, "q_norm"):
+            query = attention.q_norm(query)
+        return keys.unflatten(2, heads), query[:, 0].unflatten(1, heads)
 
 
 class CompressedEncoder(PreTrainedModel):
-    """Mixin for a vision model with one :class:`MergingLayer`.
+    """Mixin for a vision model with one :class:`MergingLayer` or more.
 
-    Outputs are in raster order: ``last_hidden_state`` and ``hidden_states[layer:]`` have ``P + N'`` tokens, the states
-    before the merge are those of the stock model.
+    Outputs are in raster order where they form a grid: ``last_hidden_state`` and the ``hidden_states`` behind a merge have its
+    tokens, the states before the first merge are those of the stock model.
     """
 
     layers_path: ClassVar[str]
@@ -156,57 +142,76 @@ class CompressedEncoder(PreTrainedModel):
     embeddings_class: ClassVar[type[BlockOrderEmbeddings]]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        build_merge(config, device="meta")  # refuses a wrong config before anything is built
+        build_merges(config, device="meta")  # refuses a wrong config before anything is built
         super().__init__(config)
         self.embeddings = self.embeddings_class(config)
-        self.get_submodule(self.layers_path)[config.compression["layer"] - 1] = self.layer_class(config)
+        layers = self.get_submodule(self.layers_path)
+        numbers = [layer - 1 for layer, _ in points_of(config)]
+        merges = build_merges(config)
+        in_proportion = bool(merges[0].reads_attention and merges[0].in_proportion)
+        for i in range(numbers[0], len(layers) if in_proportion else numbers[-1] + 1):
+            point = numbers.index(i) if i in numbers else 0
+            if i in numbers or in_proportion:
+                merge = merges[point] if i in numbers else None
+                layers[i] = self.layer_class(config, merge, point, in_proportion=in_proportion)
         self.post_init()
 
     @property
-    def merging_layer(self) -> MergingLayer:
-        """The encoder layer whose output is merged."""
-        return self.get_submodule(self.layers_path)[self.config.compression["layer"] - 1]
+    def merging_layers(self) -> list[MergingLayer]:
+        """The encoder layers whose outputs are compressed, in order."""
+        layers = self.get_submodule(self.layers_path)
+        return [layers[layer - 1] for layer, _ in points_of(self.config)]
+
+    @property
+    def merges(self) -> list[Compressor]:
+        """The compressors, in order."""
+        return [layer.merge for layer in self.merging_layers]
 
     def _init_weights(self, module: nn.Module) -> None:
         # The merge itself may count as initialised, having no parameters of its own: its children are what is passed here.
-        merge = getattr(self.merging_layer, "merge", None)
-        if merge is not None and any(module is part for part in merge.modules()):
-            merge.reset_parameters()
-        else:
-            super()._init_weights(module)
+        for layer in self.merging_layers:
+            merge = getattr(layer, "merge", None)
+            if merge is not None and any(module is part for part in merge.modules()):
+                merge.reset_parameters()
+                return
+        super()._init_weights(module)
 
     def forward(
         self, pixel_values: torch.Tensor, *args: Any, return_dict: bool | None = None, **kwargs: Any
     ) -> ModelOutput | tuple[Any, ...]:
         """Encode images ``[B, 3, height, width]``; arguments and outputs are the stock model's."""
-        windows = windows_of(self.config, *pixel_values.shape[-2:])
-        # InternVL's encoder hands no keyword arguments on to its layers, so the windows travel beside the call: where layers
+        journey = Journey(route_of(self.config, self.merges, *pixel_values.shape[-2:]))
+        # InternVL's encoder hands no keyword arguments on to its layers, so the journey travels beside the call: where layers
         # are compiled as an attribute, which is guarded on, and else in this thread's context.
-        self.merging_layer.windows = windows
+        self.embeddings.journey = journey
+        for layer in self.get_submodule(self.layers_path):
+            if isinstance(layer, MergingLayer):
+                layer.journey = journey
         if torch.compiler.is_compiling():
             outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
         else:
-            token = _current_windows.set(windows)
+            token = _current_journey.set(journey)
             try:
                 outputs = super().forward(pixel_values, *args, return_dict=True, **kwargs)
             finally:
-                _current_windows.reset(token)
-        if inner_layout(self.config, windows) == "block":
-            self._restore_raster_order(outputs, windows)
+                _current_journey.reset(token)
+        if journey.route.order is not None:
+            self._restore_raster_order(outputs, journey.route.order)
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return outputs if return_dict else outputs.to_tuple()
 
-    def _restore_raster_order(self, outputs: ModelOutput, windows: Windows) -> None:
-        """Merged states are in raster order already, and shorter than those before them."""
-        before = windows.num_tokens
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(
-                windows.to_raster_order(state) if state is not None and state.shape[1] == before else state
-                for state in outputs.hidden_states
-            )
-        if outputs.attentions is not None:
-            outputs.attentions = tuple(
-                windows.to_raster_order(windows.to_raster_order(weights, 2), 3) if weights.shape[-1] == before else weights
-                for weights in outputs.attentions
-            )
+    def _restore_raster_order(self, outputs: ModelOutput, order: Cascade) -> None:
+        """Put what came before each merge into raster order; merged states are shorter, which tells them apart."""
+        for i, windows in enumerate(order.stages):
+            before, rest = windows.num_tokens, Cascade(order.stages[i:])
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(
+                    rest.to_raster_order(state) if state is not None and state.shape[1] == before else state
+                    for state in outputs.hidden_states
+                )
+            if outputs.attentions is not None:
+                outputs.attentions = tuple(
+                    rest.to_raster_order(rest.to_raster_order(weights, 2), 3) if weights.shape[-1] == before else weights
+                    for weights in outputs.attentions
+                )

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors import avg_pool, laco
+from laco_kernels.nn.compressors import avg_pool, laco, prumerge, tome, visionzip
 from laco_kernels.nn.compressors.base import PLACES, Compressor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 #: Every compressor by name.
 COMPRESSORS: dict[str, type[Compressor]] = {
     "laco": laco.Laco,
     "avg_pool": avg_pool.AvgPool,
+    "tome": tome.Tome,
+    "visionzip": visionzip.VisionZip,
+    "prumerge_plus": prumerge.PruMergePlus,
 }
 
-__all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "find_compressor"]
+__all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "check_options", "find_compressor"]
 
 
 def find_compressor(name: object) -> type[Compressor]:
@@ -31,14 +37,22 @@ def find_compressor(name: object) -> type[Compressor]:
     return COMPRESSORS[str(name)]
 
 
-def options_of(kind: type[Compressor]) -> list[str]:
-    """Return the names of the options that a compressor takes, those of all its base classes included."""
-    names: dict[str, None] = {}
+def check_options(kind: type[Compressor], options: Mapping[str, Any], fixed: Collection[str] = ()) -> None:
+    """Raise TypeError unless a compressor takes these options, and leaves them to its user: ``fixed`` ones it does not."""
+    known: dict[str, None] = {}
     for base in kind.__mro__[: kind.__mro__.index(Compressor) + 1]:
-        for name, parameter in list(inspect.signature(base).parameters.items()):
-            if parameter.kind is not parameter.VAR_KEYWORD:
-                names[name] = None
-    return list(names)
+        own = inspect.signature(base).parameters.values()
+        known |= {parameter.name: None for parameter in own if parameter.kind is not parameter.VAR_KEYWORD}
+    for option in options:
+        if option in fixed:
+            raise TypeError(
+                complaint(option, repr(options[option]), "no value, since the encoder decides it", f"Drop {option}")
+            )
+        if option not in known:
+            names = [name for name in known if name not in fixed]
+            close = difflib.get_close_matches(option, names, n=1)
+            remedy = f"Did you mean {close[0]!r}" if close else "Drop it"
+            raise TypeError(complaint("options", option, f"some of {', '.join(names)}", remedy))
 
 
 def build_compressor(name: str, **options: Any) -> Compressor:
@@ -52,12 +66,7 @@ def build_compressor(name: str, **options: Any) -> Compressor:
         ValueError: the name is unknown (the closest ones are named), or an option is out of range.
     """
     kind = find_compressor(name)
-    known = options_of(kind)
-    for option in options:
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            remedy = f"Did you mean {close[0]!r}" if close else "Drop it"
-            raise TypeError(complaint("options", option, f"some of {', '.join(known)}", remedy))
+    check_options(kind, options)
     if "in_dim" not in options:
         raise TypeError(complaint("in_dim", "nothing", "the width of the tokens", "Pass in_dim=encoder.config.hidden_size"))
     return kind(**options)

@@ -46,6 +46,8 @@ class Compressor(nn.Module):
     reads_blocks: ClassVar[bool] = False
     #: Whether it moves grids that ``ratio`` does not divide on to ``ceil`` by itself, without ``pad``.
     fits_any_grid: ClassVar[bool] = False
+    #: Whether it looks at the queries and keys of the encoder layer in front of it.
+    reads_attention: ClassVar[bool] = False
     #: The kinds of residual it knows, the one that ``True`` means first.
     residuals: ClassVar[tuple[str, ...]] = ("mean", "none")
     #: How many encoder blocks it reads: ``forward`` takes a tensor for one, a list of them for more.
@@ -140,6 +142,12 @@ class Compressor(nn.Module):
         """Return what the residual adds: the mean of every window's real tokens, ``[B, N', C]``."""
         windows = Windows(grid, self.ratio, pad=True)
         return reference.residual(patches, windows, self.residual, layout)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, each part as it does by itself."""
+        for module in self.modules():
+            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
 
     def check_input(
         self, x: torch.Tensor | Sequence[torch.Tensor], grid: tuple[int, int], layout: str
