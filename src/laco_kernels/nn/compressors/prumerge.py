@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from laco_kernels.geometry import integer
-from laco_kernels.nn.compressors.attention import SCORES, AttentionCompressor, others, rows, score_tokens, similarities
+from laco_kernels.nn.compressors.training_free import SCORES, AttentionCompressor, others, rows, score_tokens, similarities
 from laco_kernels.ops import checks
 
 
@@ -23,7 +23,7 @@ class PruMergePlus(AttentionCompressor):
         in_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
         neighbours: pruned tokens merged into a kept one; 32, or all where there are fewer.
         scores: ``"cls"``, ``"key_norm"``, or ``"auto"``: by the class token where there is one
-            (:func:`laco_kernels.nn.compressors.attention.score_tokens`).
+            (:func:`laco_kernels.nn.compressors.training_free.score_tokens`).
     """
 
     places = ("behind", "inside")

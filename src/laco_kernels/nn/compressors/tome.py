@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors.attention import AttentionCompressor, rows, similarities
+from laco_kernels.nn.compressors.training_free import AttentionCompressor, rows, similarities
 
 
 class Tome(AttentionCompressor):

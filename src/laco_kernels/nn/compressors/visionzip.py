@@ -8,7 +8,7 @@ import torch
 
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
-from laco_kernels.nn.compressors.attention import SCORES, AttentionCompressor, others, rows, score_tokens, similarities
+from laco_kernels.nn.compressors.training_free import SCORES, AttentionCompressor, others, rows, score_tokens, similarities
 from laco_kernels.ops import checks
 
 
@@ -25,7 +25,7 @@ class VisionZip(AttentionCompressor):
         in_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
         contextual: how many of the tokens are contextual; 10 of 64 unless given, the paper's share.
         scores: ``"cls"``, ``"key_norm"``, or ``"auto"``: by the class token where there is one
-            (:func:`laco_kernels.nn.compressors.attention.score_tokens`).
+            (:func:`laco_kernels.nn.compressors.training_free.score_tokens`).
     """
 
     places = ("behind", "inside")
