@@ -10,13 +10,17 @@ import inspect
 from typing import Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors import avg_pool, laco
+from laco_kernels.nn.compressors import avg_pool, c_abstractor, laco, ldpv2, qformer, token_packer
 from laco_kernels.nn.compressors.base import PLACES, Compressor
 
 #: Every compressor by name.
 COMPRESSORS: dict[str, type[Compressor]] = {
     "laco": laco.Laco,
+    "ldpv2": ldpv2.LDPv2,
+    "token_packer": token_packer.TokenPacker,
     "avg_pool": avg_pool.AvgPool,
+    "qformer": qformer.QFormer,
+    "c_abstractor": c_abstractor.CAbstractor,
 }
 
 __all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "find_compressor"]
