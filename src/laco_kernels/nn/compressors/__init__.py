@@ -10,7 +10,17 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors import avg_pool, laco, prumerge, tome, visionzip
+from laco_kernels.nn.compressors import (
+    avg_pool,
+    c_abstractor,
+    laco,
+    ldpv2,
+    prumerge,
+    qformer,
+    token_packer,
+    tome,
+    visionzip,
+)
 from laco_kernels.nn.compressors.base import PLACES, Compressor
 
 if TYPE_CHECKING:
@@ -19,7 +29,11 @@ if TYPE_CHECKING:
 #: Every compressor by name.
 COMPRESSORS: dict[str, type[Compressor]] = {
     "laco": laco.Laco,
+    "ldpv2": ldpv2.LDPv2,
+    "token_packer": token_packer.TokenPacker,
     "avg_pool": avg_pool.AvgPool,
+    "qformer": qformer.QFormer,
+    "c_abstractor": c_abstractor.CAbstractor,
     "tome": tome.Tome,
     "visionzip": visionzip.VisionZip,
     "prumerge_plus": prumerge.PruMergePlus,

@@ -143,17 +143,16 @@ class Compressor(nn.Module):
         windows = Windows(grid, self.ratio, pad=True)
         return reference.residual(patches, windows, self.residual, layout)
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew, each part as it does by itself."""
-        for module in self.modules():
-            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-
     def check_input(
         self, x: torch.Tensor | Sequence[torch.Tensor], grid: tuple[int, int], layout: str
     ) -> Sequence[torch.Tensor]:
         """Return the blocks of ``x`` if they are what this compressor reads of an image of ``grid`` patches."""
         checks.check_choice("layout", layout, ("raster", "block") if self.reads_blocks else ("raster",))
+        if layout == "block" and not Windows(grid, self.ratio, pad=True).is_even:
+            given = f"'block' with a grid of {grid[0]} x {grid[1]}"
+            raise ValueError(
+                complaint("layout", given, f"'raster' unless {self.ratio} divides both sides", "Keep raster order")
+            )
         if self.num_blocks == 1:
             self._check_tokens("x", x, grid)  # type: ignore[arg-type]
             return (x,)  # type: ignore[return-value]
@@ -173,6 +172,12 @@ class Compressor(nn.Module):
             remedy = "Build the compressor with in_dim equal to the encoder's hidden size"
             raise ValueError(complaint(name, f"{tokens.shape[2]} channels", f"in_dim = {self.in_dim}", remedy))
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, each as the module that holds it does."""
+        for module in self.modules():
+            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
     def extra_repr(self) -> str:
         """What the children's own lines do not show."""
         return f"{self.in_dim}, {self.out_dim}, ratio={self.ratio}, place={self.place!r}, residual={self.residual!r}"
@@ -180,7 +185,9 @@ class Compressor(nn.Module):
 
 def parse_residual(residual: object, kinds: tuple[str, ...]) -> str:
     """Return the residual's kind; ``True`` is the first of ``kinds``, ``False`` is ``"none"``."""
-    if isinstance(residual, bool):
-        return kinds[0] if residual else "none"
+    if isinstance(residual, bool) and not residual:
+        return "none"
+    if isinstance(residual, bool) and kinds[0] != "none":
+        return kinds[0]
     checks.check_choice("residual", residual, kinds)
     return str(residual)

@@ -44,9 +44,6 @@ class AttentionCompressor(Compressor):
     def __init__(
         self, in_dim: int, out_dim: int | None = None, ratio: int = 2, *, num_tokens: int | None = None, **common: Any
     ) -> None:
-        if common.get("residual") is True:
-            expected = "False, as what comes out stands for no window"
-            raise ValueError(complaint("residual", True, expected, "Leave residual out"))
         super().__init__(in_dim, out_dim, ratio, **common)
         if self.out_dim != self.in_dim:
             remedy = "Project to the LLM's width behind it"
