@@ -149,7 +149,7 @@ def test_compilation():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"place": "inside"}, ValueError, "num_blocks: got 4, expected 1, inside an encoder"),
+        ({"place": "inside", "num_blocks": 4}, ValueError, "num_blocks: got 4, expected 1, inside an encoder"),
         ({"num_blocks": 0}, ValueError, "num_blocks: got 0"),
         ({"num_heads": 3}, ValueError, "num_heads: got 3, expected a divisor of 8"),
         ({"hidden_dim": 8.0}, TypeError, r"hidden_dim: got 8\.0"),
