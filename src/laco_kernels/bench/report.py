@@ -17,6 +17,9 @@ from rich.table import Table
 from laco_kernels.errors import complaint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from laco_kernels.bench.compressors import CompressorResult
     from laco_kernels.bench.system import VecResult, VecRow
 
 SUFFIXES = ("json", "md", "png")
@@ -36,7 +39,7 @@ def headline(result: VecResult) -> str:
     )
 
 
-def machine(result: VecResult) -> str:
+def machine(result: VecResult | CompressorResult) -> str:
     """One line that says where it was measured."""
     env = result.environment
     threads = f", {env['cpu_threads']} threads" if result.device == "cpu" else f", driver {env['driver']}"
@@ -171,13 +174,27 @@ def check_folder(folder: Path) -> None:
 
 
 def write(result: VecResult, folder: Path) -> list[Path]:
-    """Write JSON, Markdown and the picture into ``folder`` under a name that nothing there has yet; return the paths.
-
-    Where writing fails nothing is left behind.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write JSON, Markdown and the picture into ``folder``; return the paths."""
     encoder = Path(result.encoder).resolve().name
     base = f"vec-{encoder}-{result.device}-{result.dtype}-batch{result.batch}{'-training' * result.training}"
+    data = json.dumps(result.to_dict(), indent=2) + "\n"
+    text = f"{markdown(result)}\n![VEC against depth]({{stem}}.png)\n"
+    return write_new(folder, base, data, text, lambda path: picture(result, path))
+
+
+def write_new(folder: Path, base: str, data: str, text: str, draw: Callable[[Path], None]) -> list[Path]:
+    """Write JSON, Markdown and a picture into ``folder`` under a name that nothing there has yet; return the paths.
+
+    Where writing fails nothing is left behind.
+
+    Args:
+        folder: made where it does not exist.
+        base: the name without suffix; a number is put behind it where it is taken.
+        data: the JSON.
+        text: the Markdown, with ``{stem}`` for the name.
+        draw: draws the picture to a path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     stem, number = base, 1
     while any((folder / f"{stem}.{suffix}").exists() for suffix in SUFFIXES):
         number += 1
@@ -185,9 +202,9 @@ def write(result: VecResult, folder: Path) -> list[Path]:
     paths = [folder / f"{stem}.{suffix}" for suffix in SUFFIXES]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as part:
         parts = [Path(part) / path.name for path in paths]
-        parts[0].write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-        parts[1].write_text(f"{markdown(result)}\n![VEC against depth]({stem}.png)\n", encoding="utf-8")
-        picture(result, parts[2])
+        parts[0].write_text(data, encoding="utf-8")
+        parts[1].write_text(text.replace("{stem}", stem), encoding="utf-8")
+        draw(parts[2])
         for finished, path in zip(parts, paths, strict=True):
             finished.replace(path)
     return paths

@@ -23,6 +23,7 @@ from laco_kernels.cli.common import (
     quiet_transformers,
     usage_errors,
 )
+from laco_kernels.cli.photos import load_work
 from laco_kernels.errors import complaint
 
 
@@ -51,7 +52,6 @@ def vec(
     with usage_errors():
         import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
         from laco_kernels.bench import cases, report, system
-        from laco_kernels.bench import images as photos
         from laco_kernels.kernels import select
 
         quiet_transformers()
@@ -63,20 +63,8 @@ def vec(
         modes = _modes(compiled=compiled, optimized=optimized, can_graph=place.type == "cuda" and not training)
         if out is not None:
             report.check_folder(out)
-        files = photos.find_images(images or [])
         with progress_bar() as step:
-            step("loading the encoder", 0.0)
-            model, weights = system.load_encoder(encoder)
-            known = encoder in cases.encoder_names()
-            processor = photos.load_processor(str(cases.FOLDER / encoder) if known else encoder)
-            step(f"reading {len(files)} photos", 0.0)
-            opened, failures = photos.read_pixels(files, processor)
-        for file, reason in failures.items():
-            complain(f"{file}: {reason}")
-        if not opened:
-            raise typer.Exit(1)
-        pixels = photos.batches(opened, batch)
-        system.check_pixels(model, pixels[0])
+            model, weights, pixels, opened, failures = load_work(encoder, images, batch, step)
         model.to(place, precision)
     try:
         with progress_bar() as step:
@@ -86,7 +74,7 @@ def vec(
                 wanted,
                 pixels,
                 weights=weights,
-                images=len(opened),
+                images=opened,
                 modes=modes,
                 impl=impl,
                 training=training,
