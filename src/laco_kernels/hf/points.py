@@ -12,8 +12,7 @@ from laco_kernels.errors import complaint
 from laco_kernels.geometry import Cascade, Windows, integer
 from laco_kernels.nn import COMPRESSORS, Compressor, build_compressor
 from laco_kernels.nn.compressors import check_options, find_compressor
-from laco_kernels.ops.checks import check_choice
-from laco_kernels.ops.patch_merge import LAYOUTS
+from laco_kernels.ops.checks import LAYOUTS, check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
