@@ -68,7 +68,6 @@ def patch_merge(
     windows = Windows(check_grid(grid), integer("ratio", ratio, 2), prefix_tokens, pad)
     checks.check_choice("residual", residual, RESIDUALS)
     checks.check_choice("approximate", approximate, checks.APPROXIMATIONS)
-    checks.check_choice("layout", layout, LAYOUTS)
     tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     _check_shapes(x, weight1, bias1, weight2, bias2, windows, residual, layout)
     checks.check_alike(tensors)
@@ -95,6 +94,14 @@ def patch_merge(
     return y
 
 
+def check_layout(layout: str, windows: Windows) -> None:
+    """Raise ValueError unless tokens can lie so: ``"raster"``, or ``"block"`` where no window needs padding."""
+    checks.check_choice("layout", layout, LAYOUTS)
+    if layout == "block" and not windows.is_even:
+        given = f"'block' with a grid of {windows.grid[0]} x {windows.grid[1]}"
+        raise ValueError(complaint("layout", given, f"'raster' unless {windows.ratio} divides both sides", "Keep raster order"))
+
+
 def _check_shapes(
     x: torch.Tensor,
     weight1: torch.Tensor,
@@ -105,9 +112,7 @@ def _check_shapes(
     residual: str,
     layout: str,
 ) -> None:
-    if layout == "block" and not windows.is_even:
-        given = f"'block' with a grid of {windows.grid[0]} x {windows.grid[1]}"
-        raise ValueError(complaint("layout", given, f"'raster' unless {windows.ratio} divides both sides", "Keep raster order"))
+    check_layout(layout, windows)
     checks.check_image_tokens(x, windows)
     channels = x.shape[2]
     checks.check_linear("1", weight1, bias1, (windows.ratio, windows.ratio, channels), "(dy, dx, c)")
