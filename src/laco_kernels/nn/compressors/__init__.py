@@ -10,13 +10,39 @@ import inspect
 from typing import Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors import avg_pool, laco
+from laco_kernels.nn.compressors import (
+    avg_pool,
+    downsample,
+    gemma3,
+    idefics3,
+    laco,
+    llama4,
+    mbtf,
+    mlp2x_gelu,
+    patch_merger,
+    pixel_shuffle,
+    stf,
+    token_concat,
+    vila,
+)
 from laco_kernels.nn.compressors.base import PLACES, Compressor
 
 #: Every compressor by name.
 COMPRESSORS: dict[str, type[Compressor]] = {
     "laco": laco.Laco,
+    "pixel_shuffle": pixel_shuffle.PixelShuffle,
     "avg_pool": avg_pool.AvgPool,
+    "token_concat": token_concat.TokenConcat,
+    "stf": stf.Stf,
+    "mbtf": mbtf.Mbtf,
+    "mbtf+stf": mbtf.MbtfStf,
+    "patch_merger": patch_merger.PatchMerger,
+    "idefics3": idefics3.Idefics3,
+    "llama4": llama4.Llama4,
+    "gemma3": gemma3.Gemma3,
+    "vila": vila.Vila,
+    "mlp2x_gelu": mlp2x_gelu.Mlp2xGelu,
+    "downsample": downsample.Downsample,
 }
 
 __all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "find_compressor"]
@@ -24,11 +50,11 @@ __all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "find_comp
 
 def find_compressor(name: object) -> type[Compressor]:
     """Return the class of that name; ValueError with the closest names where there is none."""
-    if name not in COMPRESSORS:
+    if not isinstance(name, str) or name not in COMPRESSORS:
         close = difflib.get_close_matches(str(name), COMPRESSORS, n=3, cutoff=0.4)
         remedy = f"Did you mean {' or '.join(map(repr, close))}" if close else "Pass one of these"
         raise ValueError(complaint("compressor", repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
-    return COMPRESSORS[str(name)]
+    return COMPRESSORS[name]
 
 
 def options_of(kind: type[Compressor]) -> list[str]:
