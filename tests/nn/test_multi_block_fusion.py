@@ -24,6 +24,15 @@ def test_it_is_convolutions_of_concatenated_feature_maps(variant, num_blocks, pr
     torch.testing.assert_close(layer(tuple(xs)), expected, **EXACT)
 
 
+def test_a_hook_on_the_first_layer_runs_and_changes_nothing():
+    layer = lk.nn.MultiBlockTokenFusion(4, 3, prefix_tokens=1, dtype=torch.float64)
+    xs, calls = [torch.randn(2, 7, 4, dtype=torch.float64) for _ in range(3)], []
+    expected = layer(xs)
+    layer.linear1.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(layer(xs), expected, **EXACT)
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_has_the_papers_widths_and_number_of_parameters(variant):
     layer = lk.nn.MultiBlockTokenFusion(1024, variant=variant, device="meta")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import laco_kernels as lk
+from laco_kernels.geometry import Windows
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 VARIANTS = ("paper", "released")
@@ -53,6 +54,30 @@ def test_it_is_convolutions(variant, kernel_size, num_tokens, grid, prefix_token
     assert y.shape == (2, windows * num_tokens, 5)
     assert layer.num_output_tokens(grid) == windows * num_tokens
     torch.testing.assert_close(y, by_hand(layer, x, grid), **EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_it_reads_tokens_that_lie_window_by_window(variant, num_tokens):
+    layer = lk.nn.SpatialTokenFusion(4, 5, 2, num_tokens, variant, prefix_tokens=1, pad=True, dtype=torch.float64)
+    x = torch.randn(2, 25, 4, dtype=torch.float64)
+    in_blocks = Windows((4, 6), 2, 1).to_block_order(x)
+    torch.testing.assert_close(layer(in_blocks, (4, 6), layout="block"), layer(x, (4, 6)), **EXACT)
+    with pytest.raises(ValueError, match="layout: got 'rows', expected one of 'raster', 'block'"):
+        layer(x, (4, 6), layout="rows")
+    with pytest.raises(ValueError, match="layout: got 'block' with a grid of 3 x 8, expected 'raster'"):
+        layer(x, (3, 8), layout="block")
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hooks_on_the_first_layer_run_and_change_nothing(variant, num_tokens):
+    layer = lk.nn.SpatialTokenFusion(4, 5, 2, num_tokens, variant, prefix_tokens=1, pad=True, dtype=torch.float64)
+    x, calls = torch.randn(2, 16, 4, dtype=torch.float64), []
+    expected = layer(x, (3, 5))
+    layer.linear1.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(layer(x, (3, 5)), expected, **EXACT)
+    assert calls == [1]
 
 
 def test_only_the_papers_variant_ends_in_a_gelu():

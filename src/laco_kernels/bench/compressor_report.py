@@ -27,8 +27,8 @@ def headline(result: CompressorResult) -> str:
     """One line that says what was measured."""
     images = f"{result.images} photo{'s' if result.images > 1 else ''}"
     return (
-        f"{result.encoder}, tokens behind layer {result.layer}, batch {result.batch}, {result.dtype}, {result.weights} weights, "
-        f"{images}, {result.tokens_in} tokens in, {result.rounds} interleaved rounds"
+        f"{result.encoder}, tokens behind layer {result.layer}, batch {result.batch}, {result.dtype}, "
+        f"{result.weights} weights, {images}, {result.tokens_in} tokens in, {result.rounds} interleaved rounds"
     )
 
 
@@ -36,7 +36,7 @@ def legend(result: CompressorResult) -> str:
     """What the columns mean."""
     return (
         f"Where: in the encoder with its width, behind it projecting to {result.llm}'s width, or before it on the image; "
-        "marked + where it may stand at the others' place, too. r: side of a window. Tokens: those of one image that the LLM reads. "
+        "+ where it may stand elsewhere, too. r: side of a window. Tokens: what the LLM reads of one image. "
         "GFLOPs, ms (median, p20-p80) and MiB (peak of activations): the compressor alone, one batch. "
         "ok: error against float64 at most twice that of the reference implementation in the run's precision."
     )

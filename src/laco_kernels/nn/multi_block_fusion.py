@@ -11,6 +11,7 @@ from torch import nn
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
 from laco_kernels.nn import released
+from laco_kernels.nn.children import is_plain
 from laco_kernels.ops import checks, multi_block_linear_gelu
 
 if TYPE_CHECKING:
@@ -101,7 +102,10 @@ class MultiBlockTokenFusion(nn.Module):
             if xs[0].shape[2] != self.in_dim:
                 remedy = "Build the module with dim equal to the encoder's hidden size"
                 raise ValueError(complaint("xs[0]", f"{xs[0].shape[2]} channels", f"dim = {self.in_dim}", remedy))
-        y = multi_block_linear_gelu(xs, self.linear1.weight, self.linear1.bias, prefix_tokens=self.prefix_tokens)
+        if is_plain(self.linear1):
+            y = multi_block_linear_gelu(xs, self.linear1.weight, self.linear1.bias, prefix_tokens=self.prefix_tokens)
+        else:
+            y = F.gelu(self.linear1(torch.cat([x[:, self.prefix_tokens :] for x in xs], dim=-1)))
         y = self.linear2(y)
         return F.gelu(y) if self.variant == "paper" else y
 

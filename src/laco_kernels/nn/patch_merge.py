@@ -11,6 +11,7 @@ from torch import nn
 from laco_kernels import reference
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import Windows, check_grid, integer
+from laco_kernels.nn.children import is_plain
 from laco_kernels.ops import checks, patch_merge
 from laco_kernels.ops.patch_merge import RESIDUALS
 
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Return whether ``linear`` does nothing but multiply: no adapter, quantisation, offloading or hook has been put on it."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and "forward" not in vars(linear) and not any(hooks)
 
 
 class PatchMergeLayer(nn.Module):
@@ -126,7 +121,7 @@ class PatchMergeLayer(nn.Module):
         autocast's dtype, the residual and the prefix keep that of ``x``. Errors are those of
         :func:`laco_kernels.patch_merge`.
         """
-        fused = _is_plain(self.linear1) and _is_plain(self.linear2)
+        fused = is_plain(self.linear1) and is_plain(self.linear2)
         if fused and self.norm is None and checks.autocast_dtype(x) == x.dtype:
             return self._merge(x, grid, layout, self.residual, self.prefix_tokens)
         # Residual and prefix are those of the tokens as they came, whatever the MLP sees of them.

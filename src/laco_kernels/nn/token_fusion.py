@@ -11,7 +11,8 @@ from torch import nn
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import Windows, check_grid, integer
 from laco_kernels.nn import released
-from laco_kernels.ops import checks, strided_conv_gelu
+from laco_kernels.nn.children import linear_gelu
+from laco_kernels.ops import checks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,38 +97,34 @@ class SpatialTokenFusion(nn.Module):
         """Tokens that come out for an image of ``grid = (H, W)`` patches: ``ceil(H / k) * ceil(W / k) * E``."""
         return Windows(check_grid(grid), self.kernel_size, self.prefix_tokens, self.pad).num_windows * self.num_tokens
 
-    def forward(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: Sequence[int], *, layout: str = "raster") -> torch.Tensor:
         """Fuse ``x [B, P + N, in_dim]`` with ``grid = (H, W)`` into ``[B, N' * E, out_dim]``, window by window.
 
+        ``layout="block"`` says that the patch tokens already lie window by window, which needs a grid that ``kernel_size``
+        divides.
+
         Raises:
-            ValueError: ``x`` has another width. Further errors are those of :func:`laco_kernels.strided_conv_gelu`.
+            ValueError: ``x`` has another width, or the layout is unknown or does not fit the grid. Further errors are
+                those of :func:`laco_kernels.strided_conv_gelu`.
         """
         checks.check_tokens("x", x)
         if x.shape[2] != self.in_dim:
             remedy = "Build the module with in_dim equal to the encoder's hidden size"
             raise ValueError(complaint("x", f"{x.shape[2]} channels", f"in_dim = {self.in_dim}", remedy))
+        windows = Windows(check_grid(grid), self.kernel_size, self.prefix_tokens, self.pad)
+        checks.check_layout(layout, windows)
+        checks.check_image_tokens(x, windows)
         batch, pieces = x.shape[0], self.num_tokens
         if self.linear3 is None:
             if pieces > 1:
                 x = x.unflatten(2, (pieces, self.in_dim // pieces)).movedim(2, 1).flatten(0, 1)  # [B * E, P + N, C / E]
-            hidden = self._strided_conv_gelu(x, grid)
+            hidden = linear_gelu(self.linear1, x, windows, layout)
             if pieces > 1:
                 hidden = hidden.unflatten(0, (batch, pieces)).transpose(1, 2).flatten(1, 2)  # [B, N' * E, hidden_dim]
             return self.linear2(hidden)
-        merged = self._strided_conv_gelu(x, grid)
+        merged = linear_gelu(self.linear1, x, windows, layout)
         merged = merged.unflatten(2, (pieces, merged.shape[2] // pieces)).flatten(1, 2)  # [B, N' * E, k * k * C / E]
         return F.gelu(self.linear3(F.gelu(self.linear2(merged))))
-
-    def _strided_conv_gelu(self, x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        return strided_conv_gelu(
-            x,
-            self.linear1.weight,
-            self.linear1.bias,
-            grid=grid,
-            kernel_size=self.kernel_size,
-            prefix_tokens=self.prefix_tokens,
-            pad=self.pad,
-        )
 
     def load_released(self, source: released.Source, *, keys: Mapping[str, str] | None = None) -> SpatialTokenFusion:
         """Load the authors' weights into this module (``variant="released"``) and return it.

@@ -1,54 +1,65 @@
 """All compressors of visual tokens behind one door: :func:`build_compressor`.
 
-A new one is a file with a subclass of :class:`Compressor` beside this one, and a line in :data:`COMPRESSORS`.
+A new one is a file with a subclass of :class:`Compressor` beside this one, and a line in ``_CLASSES``.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors import (
-    avg_pool,
-    c_abstractor,
-    laco,
-    ldpv2,
-    prumerge,
-    qformer,
-    token_packer,
-    tome,
-    visionzip,
-)
 from laco_kernels.nn.compressors.base import PLACES, Compressor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-#: Every compressor by name.
-COMPRESSORS: dict[str, type[Compressor]] = {
-    "laco": laco.Laco,
-    "ldpv2": ldpv2.LDPv2,
-    "token_packer": token_packer.TokenPacker,
-    "avg_pool": avg_pool.AvgPool,
-    "qformer": qformer.QFormer,
-    "c_abstractor": c_abstractor.CAbstractor,
-    "tome": tome.Tome,
-    "visionzip": visionzip.VisionZip,
-    "prumerge_plus": prumerge.PruMergePlus,
+_CLASSES = {
+    "laco": "laco.Laco",
+    "pixel_shuffle": "pixel_shuffle.PixelShuffle",
+    "ldpv2": "ldpv2.LDPv2",
+    "token_packer": "token_packer.TokenPacker",
+    "avg_pool": "avg_pool.AvgPool",
+    "token_concat": "token_concat.TokenConcat",
+    "stf": "stf.Stf",
+    "mbtf": "mbtf.Mbtf",
+    "mbtf+stf": "mbtf.MbtfStf",
+    "qformer": "qformer.QFormer",
+    "c_abstractor": "c_abstractor.CAbstractor",
+    "patch_merger": "patch_merger.PatchMerger",
+    "idefics3": "idefics3.Idefics3",
+    "llama4": "llama4.Llama4",
+    "gemma3": "gemma3.Gemma3",
+    "vila": "vila.Vila",
+    "mlp2x_gelu": "mlp2x_gelu.Mlp2xGelu",
+    "downsample": "downsample.Downsample",
+    "tome": "tome.Tome",
+    "visionzip": "visionzip.VisionZip",
+    "prumerge_plus": "prumerge.PruMergePlus",
 }
+
+
+def _load(path: str) -> type[Compressor]:
+    module, _, name = path.partition(".")
+    kind: type[Compressor] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return kind
+
+
+#: Every compressor by name.
+COMPRESSORS: dict[str, type[Compressor]] = {name: _load(path) for name, path in _CLASSES.items()}
 
 __all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "check_options", "find_compressor"]
 
 
 def find_compressor(name: object) -> type[Compressor]:
     """Return the class of that name; ValueError with the closest names where there is none."""
-    if name not in COMPRESSORS:
+    if not isinstance(name, str) or name not in COMPRESSORS:
         close = difflib.get_close_matches(str(name), COMPRESSORS, n=3, cutoff=0.4)
         remedy = f"Did you mean {' or '.join(map(repr, close))}" if close else "Pass one of these"
         raise ValueError(complaint("compressor", repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
-    return COMPRESSORS[str(name)]
+    return COMPRESSORS[name]
 
 
 def check_options(kind: type[Compressor], options: Mapping[str, Any], fixed: Collection[str] = ()) -> None:

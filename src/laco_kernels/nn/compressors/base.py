@@ -28,7 +28,7 @@ class Compressor(nn.Module):
     Args:
         in_dim: width ``C`` of the tokens.
         out_dim: width ``D`` of what comes out; ``in_dim`` unless given.
-        ratio: side of a window in patches: ``ratio * ratio`` tokens become one.
+        ratio: side of a window in patches: ``ratio * ratio`` tokens become one; 1 where nothing is reduced (:attr:`reduces`).
         place: ``"before"``, ``"inside"`` or ``"behind"``; unless given the first of :attr:`places` that allows the widths.
         prefix_tokens: tokens before the patches.
         residual: add the mean of each window to what comes out (``True`` or ``"mean"``; ``False`` or ``"none"``), as LaCo
@@ -48,10 +48,16 @@ class Compressor(nn.Module):
     fits_any_grid: ClassVar[bool] = False
     #: Whether it looks at the queries and keys of the encoder layer in front of it.
     reads_attention: ClassVar[bool] = False
+    #: Whether fewer tokens come out. Where not, ``ratio`` is 1.
+    reduces: ClassVar[bool] = True
     #: The kinds of residual it knows, the one that ``True`` means first.
     residuals: ClassVar[tuple[str, ...]] = ("mean", "none")
     #: How many encoder blocks it reads: ``forward`` takes a tensor for one, a list of them for more.
     num_blocks: int = 1
+    #: Which blocks these are, counted from 1, in the order of the list: of block ``n`` it reads ``hidden_states[n]``.
+    blocks: tuple[int, ...] | None = None
+    #: Which of them is the deepest, whose prefix tokens and residual go on.
+    deepest: int = -1
 
     def __init__(
         self,
@@ -75,15 +81,18 @@ class Compressor(nn.Module):
             raise ValueError(complaint("place", repr(place), expected, f"Pass place={self.places[0]!r}"))
         self.place = place
         self.ratio = integer("ratio", ratio, 1)
+        if self.ratio > 1 and not self.reduces:
+            remedy = f"{type(self).__name__} returns as many tokens as it reads; leave ratio out"
+            raise ValueError(complaint("ratio", self.ratio, "1", remedy))
         self.prefix_tokens = integer("prefix_tokens", prefix_tokens, 0)
         if not isinstance(pad, bool):
             raise TypeError(complaint("pad", repr(pad), "True or False", "Pass pad=True to complete odd grids"))
         self.pad = pad
         self.residual = parse_residual(residual, self.residuals)
         same_width = f"{self.in_dim}, the same as in_dim"
-        if self.out_dim != self.in_dim and self.place == "inside":
+        if self.out_dim != self.in_dim and self.place != "behind":
             remedy = "The layers behind it need the width they have; place a compressor that changes it behind the encoder"
-            raise ValueError(complaint("out_dim", self.out_dim, f"{same_width}, inside an encoder", remedy))
+            raise ValueError(complaint("out_dim", self.out_dim, f"{same_width}, {self.place} an encoder", remedy))
         if self.out_dim != self.in_dim and self.residual != "none":
             expected = f"{same_width}, with residual={self.residual!r}"
             raise ValueError(complaint("out_dim", self.out_dim, expected, "Pass residual=False to change the width"))
@@ -91,6 +100,10 @@ class Compressor(nn.Module):
     def compress(self, patches: torch.Tensor, grid: tuple[int, int], layout: str) -> torch.Tensor:
         """Compress the patch tokens ``[B, N, in_dim]`` of a checked ``grid = (H, W)`` into ``[B, N', out_dim]``."""
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all children anew, as these do by themselves."""
+        _draw_children(self)
 
     def windows(self, grid: Sequence[int], prefix_tokens: int = 0) -> Windows:
         """Return the windows of ``grid``; refused where ``ratio`` does not divide it and nothing completes it."""
@@ -130,11 +143,11 @@ class Compressor(nn.Module):
         grid = check_grid(grid)
         out_grid = self.out_grid(grid)
         blocks = self.check_input(x, grid, layout)
-        prefix = blocks[-1][:, : self.prefix_tokens]
+        prefix = blocks[self.deepest][:, : self.prefix_tokens]
         patches = [block[:, self.prefix_tokens :] if self.prefix_tokens else block for block in blocks]
         y = self.compress(patches if self.num_blocks > 1 else patches[0], grid, layout)  # type: ignore[arg-type]
         if self.residual != "none":
-            y = y + self.shortcut(patches[-1], grid, layout)
+            y = y + self.shortcut(patches[self.deepest], grid, layout)
         passed_on = self.place == "inside" and self.prefix_tokens > 0
         return (torch.cat([prefix, y], dim=1) if passed_on else y), out_grid
 
@@ -147,12 +160,9 @@ class Compressor(nn.Module):
         self, x: torch.Tensor | Sequence[torch.Tensor], grid: tuple[int, int], layout: str
     ) -> Sequence[torch.Tensor]:
         """Return the blocks of ``x`` if they are what this compressor reads of an image of ``grid`` patches."""
-        checks.check_choice("layout", layout, ("raster", "block") if self.reads_blocks else ("raster",))
-        if layout == "block" and not Windows(grid, self.ratio, pad=True).is_even:
-            given = f"'block' with a grid of {grid[0]} x {grid[1]}"
-            raise ValueError(
-                complaint("layout", given, f"'raster' unless {self.ratio} divides both sides", "Keep raster order")
-            )
+        checks.check_choice("layout", layout, checks.LAYOUTS if self.reads_blocks else checks.LAYOUTS[:1])
+        if self.reads_blocks:
+            checks.check_layout(layout, self.windows(grid))
         if self.num_blocks == 1:
             self._check_tokens("x", x, grid)  # type: ignore[arg-type]
             return (x,)  # type: ignore[return-value]
@@ -172,12 +182,6 @@ class Compressor(nn.Module):
             remedy = "Build the compressor with in_dim equal to the encoder's hidden size"
             raise ValueError(complaint(name, f"{tokens.shape[2]} channels", f"in_dim = {self.in_dim}", remedy))
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew, each as the module that holds it does."""
-        for module in self.modules():
-            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-
     def extra_repr(self) -> str:
         """What the children's own lines do not show."""
         return f"{self.in_dim}, {self.out_dim}, ratio={self.ratio}, place={self.place!r}, residual={self.residual!r}"
@@ -185,9 +189,17 @@ class Compressor(nn.Module):
 
 def parse_residual(residual: object, kinds: tuple[str, ...]) -> str:
     """Return the residual's kind; ``True`` is the first of ``kinds``, ``False`` is ``"none"``."""
-    if isinstance(residual, bool) and not residual:
-        return "none"
-    if isinstance(residual, bool) and kinds[0] != "none":
-        return kinds[0]
+    if residual is True and kinds == ("none",):
+        raise ValueError(complaint("residual", True, "False", "This compressor has nothing to add the windows' means to"))
+    if isinstance(residual, bool):
+        return kinds[0] if residual else "none"
     checks.check_choice("residual", residual, kinds)
     return str(residual)
+
+
+def _draw_children(module: nn.Module) -> None:
+    for child in module.children():
+        if hasattr(child, "reset_parameters"):
+            child.reset_parameters()  # type: ignore[operator]
+        else:
+            _draw_children(child)

@@ -70,7 +70,3 @@ class Laco(Compressor):
         if self.place == "behind":
             tokens = tokens[:, self.prefix_tokens :]
         return self.layer(tokens, grid, layout=layout), self.out_grid(grid)
-
-    def reset_parameters(self) -> None:
-        """Draw the weights anew."""
-        self.layer.reset_parameters()
