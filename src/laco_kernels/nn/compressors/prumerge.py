@@ -20,7 +20,7 @@ class PruMergePlus(AttentionCompressor):
     outliers among the scores; here it is the same for all, so that images form a batch.
 
     Args:
-        in_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
+        in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
         neighbours: pruned tokens merged into a kept one; 32, or all where there are fewer.
         scores: ``"cls"``, ``"key_norm"``, or ``"auto"``: by the class token where there is one
             (:func:`laco_kernels.nn.compressors.training_free.score_tokens`).

@@ -19,7 +19,7 @@ class Tome(AttentionCompressor):
     ``log(size)`` is added to the attention logits of a token that stands for ``size`` patches, as the bias of SDPA.
 
     Args:
-        in_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
+        in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
         proportional: attend in proportion behind it; off it goes with flash attention, which takes no bias.
     """
 

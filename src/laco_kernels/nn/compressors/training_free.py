@@ -25,7 +25,7 @@ class AttentionCompressor(Compressor):
     """Keeps or merges tokens by the keys of the layer in front of it; what comes out has no grid any more.
 
     Args:
-        in_dim, ratio, place, prefix_tokens: those of :class:`Compressor`. The width stays, and no residual can be added.
+        in_dim, out_dim, ratio, place, prefix_tokens: those of :class:`Compressor`. The width stays; no residual can be added.
         num_tokens: how many patch tokens come out; ``ceil(N / ratio²)`` unless given.
 
     Raises:

@@ -22,7 +22,7 @@ class VisionZip(AttentionCompressor):
     it here.
 
     Args:
-        in_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
+        in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
         contextual: how many of the tokens are contextual; 10 of 64 unless given, the paper's share.
         scores: ``"cls"``, ``"key_norm"``, or ``"auto"``: by the class token where there is one
             (:func:`laco_kernels.nn.compressors.training_free.score_tokens`).
