@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 CASES = "tests/kernels/test_kernels.py -k test_cases"
 TILES = "tests/kernels/test_kernels.py -k 'test_many_tiles and (patch_merge or strided_conv)'"
 CONV_TILES = "tests/kernels/test_kernels.py -k 'test_many_tiles and strided_conv'"
+CONV = "tests/kernels/test_kernels.py -k 'test_cases and strided_conv'"
 FAR = "tests/kernels/test_kernels.py -k test_strides_beyond"
 AROUND = "tests/kernels/test_kernels.py -k test_nothing_is_read"
 PIECES = "tests/kernels/test_kernels.py -k taken_in_pieces"
@@ -142,15 +143,38 @@ FAULTS = [
     Fault("cuda", "the prefix is read as patches", "self.address + ELEMENT * tokens * self.stride_t", "self.address", HOPPER),
     Fault("cuda", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0", HOPPER),
     Fault("cuda", "block order is gathered in raster order", "(2 * windows.num_windows, 2) if", "windows.grid if", HOPPER),
+    Fault("cuda", "a convolution reads block order in raster order",
+        "source = _windows(tokens, batch, windows, layout)\n    else",
+        'source = _windows(tokens, batch, windows, "raster")\n    else', HOPPER),
     Fault("cuda", "no bias", "bias=0 if bias is None else", "bias=0 if True else", HOPPER),
     Fault("cuda", "the residual lies where the first token does", '"residual": tokens.behind(windows.prefix_tokens)',
         '"residual": tokens.address', HOPPER),
     Fault("cuda", "tokens with gaps are taken for rows", ' and stride_t == channels:  # a window', ":  # a window", HOPPER),
     Fault("fused", "the prefix is read as patches", "prefix=prefix,\n        gather=", "prefix=0,\n        gather="),
     Fault("fused", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0"),
-    Fault("fused", "block order is scattered in raster order", "scatter=GATHER[layout]", "scatter=RASTER"),
+    Fault("fused", "block order is scattered in raster order", "out_prefix=prefix,\n                scatter=GATHER[layout]",
+        'out_prefix=prefix,\n                scatter=GATHER["raster"]'),
+    Fault("fused", "a convolution gathers block order in raster order",
+        "prefix=windows.prefix_tokens,\n        gather=GATHER[layout]",
+        'prefix=windows.prefix_tokens,\n        gather=GATHER["raster"]', CONV),
+    Fault("fused", "a convolution scatters block order in raster order",
+        "out_prefix=windows.prefix_tokens,\n            scatter=GATHER[layout]",
+        'out_prefix=windows.prefix_tokens,\n            scatter=GATHER["raster"]', CONV),
+    Fault("fused", "a convolution's prefix has a gradient", "dx[:, : windows.prefix_tokens].zero_()",
+        "dx[:, : windows.prefix_tokens].fill_(1)", CONV),
+    Fault("fused", "a convolution's bias has half a gradient", "column_sum(grad) if", "column_sum(grad / 2) if", CONV),
+    Fault("backward", "a convolution's block order is put in raster order", "dmerged, grad, windows, GATHER[layout]",
+        'dmerged, grad, windows, GATHER["raster"]', CONV),
+    Fault("backward", "a convolution's bias has half a gradient", "column_sum(grad) if", "column_sum(grad / 2) if", CONV),
+    Fault("composite", "a convolution's bias is left out", "F.linear(gathered(x, windows, layout), weight, bias)",
+        "F.linear(gathered(x, windows, layout), weight)", CONV),
     Fault("reference", "padding counts in the mean", "tokens.sum(2) / windows.split(ones).sum(2)", "tokens.mean(2)", REFERENCE),
     Fault("reference", "the residual has no gradient", "dmerged = dmerged + residual_backward", "residual_backward", REFERENCE),
+    Fault("reference", "a convolution's bias has half a gradient", "grad.sum((0, 1)) if needs[2]",
+        "grad.sum((0, 1)) / 2 if needs[2]", REFERENCE),
+    Fault("reference", "a convolution knows raster order only",
+        "return F.linear(space_to_depth(x, windows, layout), weight, bias)",
+        "return F.linear(space_to_depth(x, windows), weight, bias)", REFERENCE),
     Fault("reference", "a wrong channel group", "repeat_interleave(area, dim=-1)", "repeat(1, 1, area)", REFERENCE),
     Fault("geometry", "a tap's row and column change places", "height, r, width, r, channels).transpose(2, 3)",
         "height, r, width, r, channels).permute(0, 1, 3, 4, 2, 5)", GEOMETRY),

@@ -52,7 +52,8 @@ def test_env():
 def test_env_says_what_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("LACO_IMPL", "composite")
     choices = json.loads(laco("env", "--json").output)["automatic_choice"]
-    assert choices.pop("patch_merge block") == {"impl": "composite", "reason": "LACO_IMPL says so"}
+    for name in ("patch_merge block", "strided_conv", "strided_conv block"):
+        assert choices.pop(name) == {"impl": "composite", "reason": "LACO_IMPL says so"}
     refused = {"impl": "refused", "reason": "LACO_IMPL says composite, which this operator does not have"}
     assert {name for name, choice in choices.items() if choice == refused} == {
         "add_norm layer",

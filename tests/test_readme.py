@@ -39,6 +39,7 @@ def test_the_operators_example_runs_as_written(tmp_path, monkeypatch):
     names = run(EXAMPLES[3], {}, tmp_path, monkeypatch)
     assert names["y"].shape == (2, 145, 64)
     assert names["z"].shape == (2, 144, 64)
+    assert names["v"].shape == (2, 144, 64)
     assert names["w"].shape == (2, 576, 64)
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import InternVLConfig
+from transformers import Idefics3Config, InternVLConfig
+from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
 from laco_kernels import reference
@@ -85,16 +86,19 @@ def test_patch_merge_is_conv_gelu_conv_plus_pooling(data, approximate, residual,
 
 
 @settings(deadline=None)
-@given(st.data(), st.sampled_from(["none", "tanh"]))
-def test_strided_conv_gelu_is_conv2d(data, approximate):
+@given(st.data(), st.sampled_from(["none", "tanh"]), st.booleans())
+def test_strided_convolutions_are_conv2d(data, approximate, bias):
     w = data.draw(windows())
     x = data.draw(tokens(w.num_tokens, 4))
-    conv = nn.Conv2d(4, 6, w.ratio, w.ratio).double()
+    conv = nn.Conv2d(4, 6, w.ratio, w.ratio, bias=bias).double()
     with torch.no_grad():
-        expected = as_tokens(F.gelu(conv(as_image(x, w)), approximate=approximate))
+        convolved = conv(as_image(x, w))
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        actual, _ = reference.strided_conv_gelu_forward(x, weight, conv.bias, windows=w, approximate=approximate)
-    torch.testing.assert_close(actual, expected, **EXACT)
+        plain = reference.strided_conv_forward(x, weight, conv.bias, windows=w)
+        actual, pre = reference.strided_conv_gelu_forward(x, weight, conv.bias, windows=w, approximate=approximate)
+    torch.testing.assert_close(plain, as_tokens(convolved), **EXACT)
+    torch.testing.assert_close(pre, as_tokens(convolved), **EXACT)
+    torch.testing.assert_close(actual, as_tokens(F.gelu(convolved, approximate=approximate)), **EXACT)
 
 
 @given(st.integers(1, 8), st.integers(0, 3), st.integers(0, 2))
@@ -113,6 +117,18 @@ def test_block_layout_gives_what_raster_layout_gives(w, residual):
     raster, _ = reference.patch_merge_forward(x, *weights, windows=w, residual_kind=residual)
     block, _ = reference.patch_merge_forward(w.to_block_order(x), *weights, windows=w, residual_kind=residual, layout="block")
     torch.testing.assert_close(block, raster, **EXACT)
+
+
+@given(windows(pad=False))
+def test_block_layout_convolves_what_raster_layout_does(w):
+    x, weight, bias = random(2, w.num_tokens, 4), random(5, 4 * w.ratio**2), random(5)
+    for forward in (
+        reference.strided_conv_forward,
+        lambda *args, **kwargs: reference.strided_conv_gelu_forward(*args, **kwargs)[0],
+    ):
+        raster = forward(x, weight, bias, windows=w)
+        block = forward(w.to_block_order(x), weight, bias, windows=w, layout="block")
+        torch.testing.assert_close(block, raster, **EXACT)
 
 
 def test_block_layout_without_prefix_copies_nothing():
@@ -139,6 +155,18 @@ def test_patch_merge_is_internvl_pixel_shuffle_and_projector():
         x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, windows=w, residual_kind="none"
     )
     torch.testing.assert_close(actual, projector(shuffled), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_strided_conv_is_the_connector_of_idefics3(factor):
+    w = Windows((6, 6), factor)
+    text = {"model_type": "llama", "hidden_size": 12, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = Idefics3Config(vision_config={"hidden_size": 8, "num_attention_heads": 1}, text_config=text, scale_factor=factor)
+    connector = Idefics3Connector(config).double()
+    (weight,) = connector.parameters()
+    x = random(2, 36, 8)
+    actual = reference.strided_conv_forward(x, weight, None, windows=w)
+    torch.testing.assert_close(actual, connector(x), **EXACT)
 
 
 GRADIENTS = list(
@@ -179,14 +207,24 @@ def test_backward_of_patch_merge_is_its_gradient(shape, residual, approximate):
     )
 
 
-@pytest.mark.parametrize("ratio", [1, 2, 3])
-def test_backward_of_strided_conv_gelu_is_its_gradient(ratio):
-    options = {"windows": Windows((3, 4), ratio, prefix_tokens=2, pad=True), "approximate": "tanh"}
+@pytest.mark.parametrize(
+    ("ratio", "grid", "layout"), [(1, (3, 4), "raster"), (2, (3, 4), "raster"), (3, (3, 4), "raster"), (2, (2, 6), "block")]
+)
+def test_backward_of_strided_convolutions_is_their_gradient(ratio, grid, layout):
+    options = {"windows": Windows(grid, ratio, prefix_tokens=2, pad=True), "layout": layout}
     inputs = [random(2, 14, 2), random(3, 2 * ratio**2), random(3)]
     x, weight, _ = inputs
     check_backward(
-        lambda *args: reference.strided_conv_gelu_forward(*args, **options),
-        lambda grad, pre, needs: reference.strided_conv_gelu_backward(grad, x, pre, weight, needs, **options),
+        lambda *args: reference.strided_conv_gelu_forward(*args, approximate="tanh", **options),
+        lambda grad, pre, needs: reference.strided_conv_gelu_backward(
+            grad, x, pre, weight, needs, approximate="tanh", **options
+        ),
+        inputs,
+        lambda tensors: tensors,
+    )
+    check_backward(
+        lambda *args: (reference.strided_conv_forward(*args, **options), None),
+        lambda grad, _, needs: reference.strided_conv_backward(grad, x, weight, needs, **options),
         inputs,
         lambda tensors: tensors,
     )

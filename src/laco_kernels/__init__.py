@@ -17,6 +17,7 @@ from laco_kernels.ops import (
     multi_block_linear_gelu,
     packed_linear,
     patch_merge,
+    strided_conv,
     strided_conv_gelu,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "nn",
     "packed_linear",
     "patch_merge",
+    "strided_conv",
     "strided_conv_gelu",
 ]
 

@@ -1,8 +1,8 @@
-"""The specification: the three operators and the residual in plain, differentiable PyTorch.
+"""The specification: the operators on visual tokens and the residual in plain, differentiable PyTorch.
 
 Written to be read. Everything runs on any device and in any floating dtype (float64 for checks) and computes in the dtype
-it is given. Arguments are taken as they are; :mod:`laco_kernels.ops` validates them. Forward functions return the output and
-the pre-activation, whatever ``save`` says of it: here it has been computed anyway.
+it is given. Arguments are taken as they are; :mod:`laco_kernels.ops` validates them. Where there is an activation, forward
+functions return the output and the pre-activation, whatever ``save`` says of it: here it has been computed anyway.
 """
 
 from __future__ import annotations
@@ -143,20 +143,49 @@ def _to_tokens(merged: torch.Tensor, prefix: torch.Tensor, windows: Windows, lay
     return torch.cat([prefix, patches], dim=1) if windows.prefix_tokens else patches
 
 
+def strided_conv_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, layout: str = "raster"
+) -> torch.Tensor:
+    """Convolution of stride ``k`` with ``k x k`` windows: ``y = conv_{k x k, stride k}(x) + b = W S(x) + b``.
+
+    ``x [B, P + N, C]``, ``weight [out, k * k * C]`` ``-> [B, N', out]``. Prefix tokens are dropped.
+    """
+    return F.linear(space_to_depth(x, windows, layout), weight, bias)
+
+
+def strided_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    layout: str = "raster",
+) -> list[torch.Tensor | None]:
+    """Gradients of x, weight and bias where ``needs`` asks for them: ``dx = S^T(g W)``, ``dW = g^T S(x)``, ``g = dL/dy``."""
+    no_prefix = grad.new_zeros(grad.shape[0], windows.prefix_tokens, x.shape[2])
+    return [
+        _to_tokens(grad @ weight, no_prefix, windows, layout) if needs[0] else None,
+        _outer(grad, space_to_depth(x, windows, layout)) if needs[1] else None,
+        grad.sum((0, 1)) if needs[2] else None,
+    ]
+
+
 def strided_conv_gelu_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
     windows: Windows,
+    layout: str = "raster",
     approximate: str = "none",
     save: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First layer of STF's spatial fusion: ``y = gelu(conv_{k x k, stride k}(x) + b) = gelu(W S(x) + b)``.
 
-    ``x [B, P + N, C]``, ``weight [out, k * k * C]`` ``-> [B, N', out]`` and the pre-activation. Prefix tokens are dropped.
+    Shapes are those of :func:`strided_conv_forward`; the pre-activation has that of the output.
     """
-    pre = F.linear(space_to_depth(x, windows), weight, bias)
+    pre = strided_conv_forward(x, weight, bias, windows=windows, layout=layout)
     return F.gelu(pre, approximate=approximate), pre
 
 
@@ -168,16 +197,11 @@ def strided_conv_gelu_backward(
     needs: Sequence[bool],
     *,
     windows: Windows,
+    layout: str = "raster",
     approximate: str = "none",
 ) -> list[torch.Tensor | None]:
-    """Gradients of x, weight and bias where ``needs`` asks for them: ``dx = S^T(dpre W)``, ``dW = dpre^T S(x)``."""
-    dpre = gelu_backward(grad, pre, approximate)
-    no_prefix = grad.new_zeros(grad.shape[0], windows.prefix_tokens, x.shape[2])
-    return [
-        _to_tokens(dpre @ weight, no_prefix, windows, "raster") if needs[0] else None,
-        _outer(dpre, space_to_depth(x, windows)) if needs[1] else None,
-        dpre.sum((0, 1)) if needs[2] else None,
-    ]
+    """Gradients of x, weight and bias where ``needs`` asks for them: those of the convolution, from ``dpre = g gelu'(pre)``."""
+    return strided_conv_backward(gelu_backward(grad, pre, approximate), x, weight, needs, windows=windows, layout=layout)
 
 
 def multi_block_linear_gelu_forward(

@@ -66,7 +66,7 @@ class Case:
         height, width = self.options["grid"]
         x = draw(s["batch"], self.options.get("prefix_tokens", 0) + height * width, s["channels"])
         area = self.options.get("ratio", self.options.get("kernel_size", 2)) ** 2 * s["channels"]
-        if self.op == "strided_conv_gelu":
+        if self.op in ("strided_conv", "strided_conv_gelu"):
             return {"x": x, "weight": draw(s["out"], area, scale=area**-0.5), "bias": draw(s["out"])}
         hidden, out = s["hidden"], s.get("out", s["channels"])
         first = {"x": x, "weight1": draw(hidden, area, scale=area**-0.5), "bias1": draw(hidden)}
@@ -86,6 +86,10 @@ def _merge(batch: int, grid: tuple[int, int], channels: int, hidden: int, **opti
 
 def _conv(batch: int, grid: tuple[int, int], channels: int, out: int, **options: Any) -> Case:
     return Case("strided_conv_gelu", {"batch": batch, "channels": channels, "out": out}, {"grid": grid, **options})
+
+
+def _plain_conv(batch: int, grid: tuple[int, int], channels: int, out: int, **options: Any) -> Case:
+    return Case("strided_conv", {"batch": batch, "channels": channels, "out": out}, {"grid": grid, **options})
 
 
 def _fusion(batch: int, tokens: int, channels: int, blocks: int, out: int, **options: Any) -> Case:
@@ -108,9 +112,17 @@ CASES = (
     _fusion(2, 17, 24, 8, 56, prefix_tokens=1),
     _fusion(1, 33, 40, 3, 40, approximate="tanh"),
     _fusion(2, 5, 16, 1, 16),
+    _conv(2, (4, 6), 24, 40, layout="block", prefix_tokens=1),
+    _plain_conv(2, (4, 6), 24, 104),
+    _plain_conv(1, (5, 3), 40, 48, pad=True, prefix_tokens=1),
+    _plain_conv(2, (8, 4), 12, 36, kernel_size=4, layout="block"),
+    _plain_conv(2, (4, 2), 16, 40, layout="block", prefix_tokens=3),
+    _plain_conv(3, (3, 5), 20, 68, kernel_size=3, pad=True),
+    _plain_conv(2, (3, 3), 72, 24, kernel_size=1, prefix_tokens=2),
+    _plain_conv(0, (2, 4), 16, 16),
 )
 
-# The encoders of the papers, for a GPU.
+# The encoders of the papers, and a released model's, for a GPU.
 LARGE_CASES = (
     _merge(4, (24, 24), 1024, 1024),
     _merge(4, (24, 24), 1024, 4096, layout="block"),
@@ -118,6 +130,7 @@ LARGE_CASES = (
     _merge(2, (32, 32), 1024, 1024, prefix_tokens=1),
     _conv(2, (24, 24), 1024, 4096, prefix_tokens=1),
     _fusion(2, 577, 1024, 8, 4096, prefix_tokens=1),
+    _plain_conv(2, (26, 26), 1152, 4096),  # Idefics3's connector
 )
 
 

@@ -46,7 +46,7 @@ def merge(batch=2, channels=16, hidden=24, **options):
 
 
 ABLE = [
-    *[testing.CASES[i] for i in (0, 1, 2, 4, 5, 7, 9, 10, 11, 12)],
+    *[testing.CASES[i] for i in (0, 1, 2, 4, 5, 7, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20)],
     merge(residual="none", prefix_tokens=1),
     merge(batch=1, residual="none", prefix_tokens=1),
     merge(layout="block", prefix_tokens=3),
@@ -112,11 +112,15 @@ def test_patch_merge_anywhere(data):
 
 
 @given(st.data())
-def test_strided_conv_gelu_anywhere(data):
+def test_strided_convolutions_anywhere(data):
     sizes = {"batch": data.draw(BATCHES), "channels": data.draw(WIDTHS), "out": data.draw(WIDTHS)}
-    options = {"kernel_size": data.draw(st.integers(1, 2)), "pad": True, "prefix_tokens": data.draw(PREFIXES)}
-    grid = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
-    check_anywhere(data, Case("strided_conv_gelu", sizes, {"grid": grid, "approximate": data.draw(APPROXIMATE), **options}))
+    layout, size = data.draw(st.sampled_from(["raster", "block"])), data.draw(st.integers(1, 2))
+    side = st.integers(1, 9) if layout == "raster" else st.integers(1, 4).map(lambda n: size * n)
+    options = {"kernel_size": size, "pad": True, "prefix_tokens": data.draw(PREFIXES), "layout": layout}
+    op = data.draw(st.sampled_from(["strided_conv", "strided_conv_gelu"]))
+    if op == "strided_conv_gelu":
+        options["approximate"] = data.draw(APPROXIMATE)
+    check_anywhere(data, Case(op, sizes, {"grid": (data.draw(side), data.draw(side)), **options}))
 
 
 @given(st.data())
@@ -189,8 +193,9 @@ def refuse(*_, **__):
 def test_other_operators_refuse_too():
     x = torch.randn(2, 17, 16, device=DEVICE).to(BF16)
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="kernel_size: got 4, expected 1 or 2"):
-            lk.strided_conv_gelu(x, x.new_zeros(8, 256), None, grid=(4, 4), kernel_size=4, prefix_tokens=1, impl="cuda")
+        for operator in (lk.strided_conv, lk.strided_conv_gelu):
+            with pytest.raises(RuntimeError, match="kernel_size: got 4, expected 1 or 2"):
+                operator(x, x.new_zeros(8, 256), None, grid=(4, 4), kernel_size=4, prefix_tokens=1, impl="cuda")
         with pytest.raises(RuntimeError, match="xs: got 9 blocks, expected at most 8"):
             lk.multi_block_linear_gelu([x] * 9, x.new_zeros(8, 144), None, impl="cuda")
         wide = x.repeat(1, 1, 2)[..., :16]

@@ -81,11 +81,15 @@ def test_patch_merge_anywhere(impl, data):
 
 @every_impl
 @given(st.data())
-def test_strided_conv_gelu_anywhere(impl, data):
-    ratio, pad = data.draw(st.integers(1, 4)), data.draw(st.booleans())
+def test_strided_convolutions_anywhere(impl, data):
+    ratio, layout = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(["raster", "block"]))
+    pad = layout == "raster" and data.draw(st.booleans())
     sizes = {"batch": data.draw(BATCHES), "channels": data.draw(WIDTHS), "out": data.draw(WIDTHS)}
-    options = {"kernel_size": ratio, "pad": pad, "prefix_tokens": data.draw(PREFIXES), "approximate": data.draw(APPROXIMATE)}
-    check(data, Case("strided_conv_gelu", sizes, {"grid": draw_grid(data, ratio, pad=pad), **options}), impl)
+    options = {"kernel_size": ratio, "pad": pad, "prefix_tokens": data.draw(PREFIXES), "layout": layout}
+    op = data.draw(st.sampled_from(["strided_conv", "strided_conv_gelu"]))
+    if op == "strided_conv_gelu":
+        options["approximate"] = data.draw(APPROXIMATE)
+    check(data, Case(op, sizes, {"grid": draw_grid(data, ratio, pad=pad), **options}), impl)
 
 
 @every_impl
@@ -158,6 +162,9 @@ GRADCHECK = [
     Case("patch_merge", {"batch": 1, "channels": 4, "hidden": 3}, {"grid": (4, 4), "layout": "block", "approximate": "tanh"}),
     Case("patch_merge", {"batch": 1, "channels": 2, "hidden": 4}, {"grid": (3, 3), "ratio": 3, "residual": "channel_group"}),
     Case("strided_conv_gelu", {"batch": 2, "channels": 2, "out": 3}, {"grid": (3, 4), "pad": True, "prefix_tokens": 2}),
+    Case("strided_conv_gelu", {"batch": 2, "channels": 2, "out": 3}, {"grid": (2, 4), "layout": "block"}),
+    Case("strided_conv", {"batch": 2, "channels": 2, "out": 3}, {"grid": (3, 4), "pad": True, "prefix_tokens": 2}),
+    Case("strided_conv", {"batch": 2, "channels": 2, "out": 3}, {"grid": (3, 3), "kernel_size": 3, "layout": "block"}),
     Case("multi_block_linear_gelu", {"batch": 2, "tokens": 3, "channels": 2, "blocks": 3, "out": 4}, {"prefix_tokens": 1}),
 ]
 

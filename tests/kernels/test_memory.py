@@ -16,6 +16,7 @@ CASES = [
     *testing.CASES,
     Case("patch_merge", {"batch": 1, "channels": 33, "hidden": 65}, {"grid": (5, 15), "pad": True}),
     Case("strided_conv_gelu", {"batch": 1, "channels": 129, "out": 33}, {"grid": (3, 3), "pad": True}),
+    Case("strided_conv", {"batch": 1, "channels": 129, "out": 33}, {"grid": (3, 3), "pad": True}),
 ]
 
 
@@ -47,7 +48,10 @@ def test_nothing_is_written_outside_the_outputs(case, impl):
     grad = torch.ones_like(case(inputs, "reference"))
     with Guarded() as guard:
         found = testing.gradients(case, inputs, impl, grad)
-    assert len(guard.around) > 2
+    # In block order without a prefix the composite's plain convolution is products of views: no kernel of ours.
+    options = case.options
+    views = case.op == "strided_conv" and options.get("layout") == "block" and not options.get("prefix_tokens")
+    assert (len(guard.around) > 2) is not (views and impl == "composite")
     assert all((margin == CANARY).all() for margin in guard.around)
     expected = testing.gradients(case, inputs, impl, grad)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

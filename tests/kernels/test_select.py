@@ -78,8 +78,21 @@ def test_the_operators_say_how_their_tokens_lie(gpu, monkeypatch):
     x = torch.randn(1, 4, 16, requires_grad=True)
     for layout in ("raster", "block"):
         merge(x=x, layout=layout).sum().backward()
-    lk.strided_conv_gelu(x, torch.randn(16, 64), None, grid=(2, 2))
-    assert asked == ["raster", "raster", "block", "block", None]
+    assert asked == ["raster", "raster", "block", "block"]
+    asked.clear()
+    for operator in (lk.strided_conv, lk.strided_conv_gelu):
+        for layout in ("raster", "block"):
+            operator(x, torch.randn(16, 64), None, grid=(2, 2), layout=layout).sum().backward()
+    assert asked == [None, None, "block", "block"] * 2, "raster order goes without saying"
+
+
+def test_what_has_no_rows_says_so_plainly(gpu):
+    gpu("H", {"H": {"capability": "9.0", "rows": ROWS}})
+    for form, said in ((None, ""), ("block", " with layout='block'")):
+        assert select.choose("strided_conv", "forward", CUDA, torch.bfloat16, 1, form) == (
+            "reference",
+            f"not measured on H for strided_conv forward{said} in torch.bfloat16",
+        )
 
 
 def test_a_choice_is_looked_up_once(gpu, monkeypatch):

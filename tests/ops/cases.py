@@ -1,4 +1,4 @@
-"""The three operators as test cases, and what tests of registered operators share."""
+"""The operators on visual tokens as test cases, and what tests of registered operators share."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ WINDOWS = Windows(GRID, 2, PREFIX, pad=True)
 
 
 class Merge:
-    name, activations = "patch_merge", 1
+    name, activations, pre = "patch_merge", 1, True
     shapes = (HIDDEN, 4 * CHANNELS), (HIDDEN,), (CHANNELS, HIDDEN), (CHANNELS,)
 
     @staticmethod
@@ -30,7 +30,7 @@ class Merge:
 
 
 class Conv:
-    name, activations = "strided_conv_gelu", 1
+    name, activations, pre = "strided_conv_gelu", 1, True
     shapes = (HIDDEN, 4 * CHANNELS), (HIDDEN,)
 
     @staticmethod
@@ -39,15 +39,32 @@ class Conv:
 
     @staticmethod
     def raw(x, *weights, save=True):
-        return *(x, *weights), 2, list(GRID), "none", PREFIX, True, "reference", save
+        return *(x, *weights), 2, list(GRID), PREFIX, True, "raster", "none", "reference", save
 
     @staticmethod
     def reference(x, *weights):
         return reference.strided_conv_gelu_forward(x, *weights, windows=WINDOWS)[0]
 
 
+class PlainConv:
+    name, activations, pre = "strided_conv", 1, False  # nothing is activated, so nothing but inputs is kept
+    shapes = (HIDDEN, 4 * CHANNELS), (HIDDEN,)
+
+    @staticmethod
+    def call(x, *weights, **kwargs):
+        return lk.strided_conv(x, *weights, grid=GRID, pad=True, prefix_tokens=PREFIX, **kwargs)
+
+    @staticmethod
+    def raw(x, *weights):
+        return *(x, *weights), 2, list(GRID), PREFIX, True, "raster", "reference"
+
+    @staticmethod
+    def reference(x, *weights):
+        return reference.strided_conv_forward(x, *weights, windows=WINDOWS)
+
+
 class Fusion:
-    name, activations = "multi_block_linear_gelu", 2
+    name, activations, pre = "multi_block_linear_gelu", 2, True
     shapes = (HIDDEN, 2 * CHANNELS), (HIDDEN,)
 
     @staticmethod
@@ -63,8 +80,9 @@ class Fusion:
         return reference.multi_block_linear_gelu_forward([x1, x2], *weights, prefix_tokens=PREFIX)[0]
 
 
-CASES = [Merge, Conv, Fusion]
+CASES = [Merge, Conv, PlainConv, Fusion]
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_activated_op = pytest.mark.parametrize("case", [case for case in CASES if case.pre], ids=lambda case: case.name)
 
 
 def make(case, *, batch=BATCH, dtype=torch.float64, grad=True, frozen=0):

@@ -87,6 +87,21 @@ def test_a_bias_adds_its_sums_to_the_backward_pass():
     assert with_bias[1] - without[1] == sums + sums + 16
 
 
+@pytest.mark.parametrize("layout", ["raster", "block"])
+def test_a_plain_convolution_keeps_no_pre_activation_and_in_block_order_copies_nothing(layout):
+    x, weight, bias = meta(2, 16, 8).requires_grad_(), meta(24, 32).requires_grad_(), meta(24).requires_grad_()
+    call = lambda: lk.strided_conv(x, weight, bias, grid=(4, 4), layout=layout)  # noqa: E731
+    tokens, out, parameters = 2 * 16 * 8, 2 * 4 * 24, 24 * 32 + 24
+    copied = tokens if layout == "raster" else 0
+    assert counted("triton", call) == (tokens + parameters, out)
+    assert counted("composite", call) == (copied + tokens + parameters, copied + out)
+    sums = 24 * 2  # of the bias's gradient, in float32: written and read, rounded
+    read, written = counted("composite", call, backward=True)
+    # the product for x and its scatter; the tokens gathered, and the weight's gradient from them; the bias's gradient
+    assert read == (out + 24 * 32) + copied + copied + (tokens + out) + (out + sums)
+    assert written == tokens + copied + copied + 24 * 32 + (sums + 24)
+
+
 def test_several_blocks_are_read_where_they_lie():
     xs, weight = [meta(2, 5, 8) for _ in range(3)], meta(16, 24)
     call = lambda: lk.multi_block_linear_gelu(xs, weight, None, prefix_tokens=1)  # noqa: E731

@@ -11,7 +11,7 @@ BATCH, CHANNELS, GRID = 4, 8, (4, 4)
 
 
 class Net(nn.Module):
-    """All three operators, one behind the other."""
+    """The operators of the papers, one behind the other."""
 
     def __init__(self):
         super().__init__()
@@ -106,6 +106,10 @@ def conv(x, *weights, grid=GRID):
     return lk.strided_conv_gelu(x, *weights, grid=grid, pad=True)
 
 
+def plain_conv(x, *weights, grid=GRID):
+    return lk.strided_conv(x, *weights, grid=grid, pad=True)
+
+
 def fusion(x, *weights, grid=None):
     return lk.multi_block_linear_gelu([x, x + 1, x], *weights)
 
@@ -113,6 +117,7 @@ def fusion(x, *weights, grid=None):
 OPERATORS = [
     (merge, [(5, 4 * CHANNELS), (5,), (CHANNELS, 5), (CHANNELS,)]),
     (conv, [(5, 4 * CHANNELS), (5,)]),
+    (plain_conv, [(5, 4 * CHANNELS), (5,)]),
     (fusion, [(5, 3 * CHANNELS), (5,)]),
 ]
 

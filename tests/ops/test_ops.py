@@ -24,6 +24,10 @@ def call_conv(x, *weights, **kwargs):
     return lk.strided_conv_gelu(x, *weights[:2], **{"grid": GRID, **kwargs})
 
 
+def call_plain_conv(x, *weights, **kwargs):
+    return lk.strided_conv(x, *weights[:2], **{"grid": GRID, **kwargs})
+
+
 def call_fusion(x, weight, bias, *_, **kwargs):
     return lk.multi_block_linear_gelu([x, x], weight, bias, **kwargs)
 
@@ -46,6 +50,26 @@ def test_strided_conv_gelu_takes_a_conv2d_weight_as_its_docstring_says():
     torch.testing.assert_close(y, nn.functional.gelu(conv(image)).flatten(2).transpose(1, 2))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_strided_conv_takes_a_conv2d_weight_as_its_docstring_says(bias):
+    conv = nn.Conv2d(8, 5, 3, 3, bias=bias)
+    x = torch.randn(2, 25, 8)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    y = lk.strided_conv(x, weight, conv.bias, grid=GRID, kernel_size=3, prefix_tokens=1, pad=True)
+    image = nn.functional.pad(x[:, 1:].transpose(1, 2).unflatten(2, GRID), (0, 0, 0, 2))
+    torch.testing.assert_close(y, conv(image).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("call", [call_conv, call_plain_conv])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_tokens_in_block_order_are_convolved_where_they_lie(call, prefix):
+    x, weight, bias, *_ = merge_inputs(tokens=24 + prefix, dtype=torch.float64)
+    block = Windows(GRID, 2, prefix).to_block_order(x)
+    expected = call(x, weight, bias, prefix_tokens=prefix)
+    torch.testing.assert_close(call(block, weight, bias, prefix_tokens=prefix, layout="block"), expected)
+    assert not torch.allclose(call(block, weight, bias, prefix_tokens=prefix), expected)
+
+
 def test_multi_block_linear_gelu_takes_any_number_of_blocks():
     xs = [torch.randn(2, 7, 4) for _ in range(3)]
     weight = torch.randn(6, 12)
@@ -53,7 +77,7 @@ def test_multi_block_linear_gelu_takes_any_number_of_blocks():
     torch.testing.assert_close(lk.multi_block_linear_gelu(xs, weight, None, prefix_tokens=1), expected)
 
 
-@pytest.mark.parametrize("call", [call_merge, call_conv, call_fusion])
+@pytest.mark.parametrize("call", [call_merge, call_conv, call_plain_conv, call_fusion])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype(call, dtype):
     x, weight, bias, *rest = merge_inputs(channels=8)
@@ -70,6 +94,7 @@ def test_autocast_computes_in_its_dtype(call, dtype):
 def test_an_empty_batch_gives_an_empty_batch():
     x, *weights = merge_inputs()
     assert call_merge(x[:0], *weights).shape == (0, 6, 8)
+    assert call_conv(x[:0], *weights).shape == call_plain_conv(x[:0], *weights).shape == (0, 6, 5)
 
 
 REFUSALS = [
@@ -141,10 +166,42 @@ def test_multi_block_linear_gelu_refuses_a_prefix_longer_than_the_sequence():
         lk.multi_block_linear_gelu([torch.randn(2, 3, 4)], torch.randn(5, 4), None, prefix_tokens=4)
 
 
-def test_strided_conv_gelu_refuses():
-    x, weight = torch.randn(2, 24, 8), torch.randn(5, 32)
-    with pytest.raises(ValueError, match="kernel_size: got 0"):
-        lk.strided_conv_gelu(x, weight, None, grid=GRID, kernel_size=0)
-    with pytest.raises(ValueError, match="grid: got 4 x 6, expected both sides divisible by 4"):
-        lk.strided_conv_gelu(x, torch.randn(5, 128), None, grid=GRID, kernel_size=4)
-    assert lk.strided_conv_gelu(x, torch.randn(5, 128), None, grid=GRID, kernel_size=4, pad=True).shape == (2, 2, 5)
+CONV_REFUSALS = [
+    ({"kernel_size": 0}, ValueError, "kernel_size: got 0, expected an integer of at least 1"),
+    ({"kernel_size": 2.0}, TypeError, r"kernel_size: got 2\.0, expected an integer"),
+    (
+        {"kernel_size": 4, "weight": torch.randn(5, 128)},
+        ValueError,
+        "grid: got 4 x 6, expected both sides divisible by 4.*pad=True",
+    ),
+    ({"prefix_tokens": 1}, ValueError, r"x: got 24 tokens, expected 25 = 1 prefix \+ 4 \* 6 patches"),
+    ({"x": torch.randn(2, 8, 4, 6)}, ValueError, r"x: got 4 dimensions.*flatten\(2\)\.transpose"),
+    ({"x": torch.ones(2, 24, 8, dtype=torch.long)}, TypeError, r"x: got torch\.int64, expected a floating-point dtype"),
+    ({"weight": torch.randn(32, 5)}, ValueError, r"looks transposed, pass weight\.t\(\)"),
+    ({"weight": torch.randn(5, 8, 2, 2)}, ValueError, r"weight\.permute\(0, 2, 3, 1\)\.flatten\(1\)"),
+    ({"bias": torch.randn(4)}, ValueError, r"bias: got \[4\], expected \[5\]"),
+    ({"bias": torch.randn(5).double()}, TypeError, r"bias: got torch\.float64, expected torch\.float32"),
+    ({"weight": torch.empty(5, 32, device="meta")}, ValueError, "weight: got device meta, expected cpu"),
+    ({"layout": "nhwc"}, ValueError, "layout: got 'nhwc', expected one of 'raster', 'block'"),
+    ({"layout": "block", "grid": (3, 8), "pad": True}, ValueError, "layout: got 'block' with a grid of 3 x 8"),
+    ({"impl": "cutlass"}, ValueError, "impl: got 'cutlass', expected None or one of 'reference'"),
+    ({"impl": "cuda"}, RuntimeError, "impl: got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize("operator", [lk.strided_conv, lk.strided_conv_gelu])
+@pytest.mark.parametrize(("change", "error", "message"), CONV_REFUSALS)
+def test_strided_convolutions_refuse(operator, change, error, message):
+    with pytest.raises(error, match=message):
+        operator(**{"x": torch.randn(2, 24, 8), "weight": torch.randn(5, 32), "bias": None, "grid": GRID, **change})
+
+
+@pytest.mark.parametrize("operator", [lk.strided_conv, lk.strided_conv_gelu])
+def test_strided_convolutions_complete_an_odd_grid_where_they_are_told_to(operator):
+    x, weight = torch.randn(2, 24, 8), torch.randn(5, 128)
+    assert operator(x, weight, None, grid=GRID, kernel_size=4, pad=True).shape == (2, 2, 5)
+
+
+def test_strided_conv_gelu_refuses_an_unknown_gelu():
+    with pytest.raises(ValueError, match="approximate: got 'erf', expected one of 'none', 'tanh'"):
+        call_conv(torch.randn(2, 24, 8), torch.randn(5, 32), None, approximate="erf")

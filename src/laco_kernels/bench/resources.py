@@ -75,7 +75,7 @@ def cases() -> list[testing.Case]:
     wanted = []
     for case in testing.LARGE_CASES:
         wanted += [dataclasses.replace(case, sizes={**case.sizes, "batch": batch}) for batch in (1, 64)]
-    merge, conv = testing.LARGE_CASES[0], testing.LARGE_CASES[4]
+    merge, conv, plain = testing.LARGE_CASES[0], testing.LARGE_CASES[4], testing.LARGE_CASES[6]
     variants: list[tuple[testing.Case, dict[str, Any]]] = [
         (merge, {"residual": "channel_group", "prefix_tokens": 1, "approximate": "tanh"}),
         (merge, {"residual": "channel_group", "layout": "block"}),
@@ -84,6 +84,9 @@ def cases() -> list[testing.Case]:
         (merge, {"ratio": 4, "residual": "channel_group"}),
         (conv, {"kernel_size": 1}),
         (conv, {"kernel_size": 3, "approximate": "tanh"}),
+        (plain, {"layout": "block"}),
+        (plain, {"kernel_size": 3, "pad": True}),
+        (plain, {"kernel_size": 4, "pad": True}),
     ]
     return wanted + [dataclasses.replace(case, options={**case.options, **options}) for case, options in variants]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LEAD = 1.03
 REFERENCE = "reference"
 SUITES = ("ops", "sweep", "tower")
-PARTS = ("op", "direction", *select.FORMS.values(), "dtype")  # of what a bucket is for
+PARTS = ("op", "direction", *dict.fromkeys(select.FORMS.values()), "dtype")  # of what a bucket is for
 Times = dict[str, dict[str, float]]  # microseconds by variant and kind of time, of those that passed
 
 

@@ -25,7 +25,7 @@ from laco_kernels.cli.common import (
     usage_errors,
 )
 from laco_kernels.errors import complaint
-from laco_kernels.ops.patch_merge import LAYOUTS
+from laco_kernels.ops.checks import LAYOUTS
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import Windows, integer
 from laco_kernels.nn import PatchMergeLayer
-from laco_kernels.ops.checks import check_choice
-from laco_kernels.ops.patch_merge import LAYOUTS
+from laco_kernels.ops.checks import LAYOUTS, check_choice
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput

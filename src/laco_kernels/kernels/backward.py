@@ -50,6 +50,29 @@ def patch_merge_backward(
     return [dx, dweight1, dbias1, dweight2, dbias2]
 
 
+def strided_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    layout: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.strided_conv_backward`."""
+    dx = None
+    if needs[0]:
+        dmerged = grad @ weight
+        if layout == "block" and not windows.prefix_tokens:
+            dx = dmerged.view(x.shape)
+        else:
+            dx = x.new_empty(x.shape)
+            dx[:, : windows.prefix_tokens].zero_()
+            pointwise.join(dmerged, grad, windows, GATHER[layout], RESIDUAL["none"], dx)
+    dweight = outer(grad, gathered(x, windows, layout)) if needs[1] else None
+    return [dx, dweight, column_sum(grad) if needs[2] else None]
+
+
 def strided_conv_gelu_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -58,16 +81,12 @@ def strided_conv_gelu_backward(
     needs: Sequence[bool],
     *,
     windows: Windows,
+    layout: str,
     approximate: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.strided_conv_gelu_backward`."""
     dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=needs[2])
-    dx = None
-    if needs[0]:
-        dx = x.new_empty(x.shape)
-        dx[:, : windows.prefix_tokens].zero_()
-        pointwise.join(dpre @ weight, grad, windows, GATHER["raster"], RESIDUAL["none"], dx)
-    dweight = outer(dpre, gathered(x, windows, "raster")) if needs[1] else None
+    dx, dweight, _ = strided_conv_backward(dpre, x, weight, [*needs[:2], False], windows=windows, layout=layout)
     return [dx, dweight, dbias]
 
 

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from laco_kernels.kernels import pointwise
-from laco_kernels.kernels.backward import multi_block_linear_gelu_backward, patch_merge_backward, strided_conv_gelu_backward
+from laco_kernels.kernels.backward import (
+    multi_block_linear_gelu_backward,
+    patch_merge_backward,
+    strided_conv_backward,
+    strided_conv_gelu_backward,
+)
 from laco_kernels.kernels.common import GATHER, RESIDUAL, collected, gathered
 
 if TYPE_CHECKING:
@@ -21,6 +26,8 @@ __all__ = [
     "multi_block_linear_gelu_forward",
     "patch_merge_backward",
     "patch_merge_forward",
+    "strided_conv_backward",
+    "strided_conv_forward",
     "strided_conv_gelu_backward",
     "strided_conv_gelu_forward",
 ]
@@ -74,17 +81,25 @@ def patch_merge_forward(
     return y, pre if save else x.new_empty(0)
 
 
+def strided_conv_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, layout: str
+) -> torch.Tensor:
+    """See :func:`laco_kernels.reference.strided_conv_forward`."""
+    return F.linear(gathered(x, windows, layout), weight, bias)
+
+
 def strided_conv_gelu_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
     windows: Windows,
+    layout: str,
     approximate: str,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`laco_kernels.reference.strided_conv_gelu_forward`; without ``save`` the pre-activation is empty."""
-    pre = F.linear(gathered(x, windows, "raster"), weight, bias)
+    pre = strided_conv_forward(x, weight, bias, windows=windows, layout=layout)
     return F.gelu(pre, approximate=approximate), pre if save else x.new_empty(0)
 
 

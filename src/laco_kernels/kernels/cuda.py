@@ -17,7 +17,12 @@ import torch
 
 from laco_kernels.errors import UnsupportedError, complaint
 from laco_kernels.kernels import select
-from laco_kernels.kernels.backward import multi_block_linear_gelu_backward, patch_merge_backward, strided_conv_gelu_backward
+from laco_kernels.kernels.backward import (
+    multi_block_linear_gelu_backward,
+    patch_merge_backward,
+    strided_conv_backward,
+    strided_conv_gelu_backward,
+)
 from laco_kernels.kernels.passes import LISTENERS, announce
 
 if TYPE_CHECKING:
@@ -30,6 +35,8 @@ __all__ = [
     "multi_block_linear_gelu_forward",
     "patch_merge_backward",
     "patch_merge_forward",
+    "strided_conv_backward",
+    "strided_conv_forward",
     "strided_conv_gelu_backward",
     "strided_conv_gelu_forward",
 ]
@@ -85,30 +92,39 @@ def patch_merge_forward(
     return y, pre
 
 
+def strided_conv_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, layout: str, **epilogue: Any
+) -> torch.Tensor:
+    """See :func:`laco_kernels.reference.strided_conv_forward`; ``epilogue`` is what the product does besides."""
+    if windows.ratio > 2:
+        raise _unsupported("kernel_size", windows.ratio, "1 or 2")
+    batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
+    tokens = _tokens("x", x, batch * rows)
+    weight, bias = _layer("", weight, bias)
+    y = x.new_empty(batch, rows, weight.shape[0])
+    if windows.ratio == 2:
+        source = _windows(tokens, batch, windows, layout)
+    else:
+        rest = _rows(batch, rows, tokens.channels, tokens.stride_t, tokens.stride_b)
+        source = {"sources": [tokens.behind(prefix)], **rest}
+    _gemm([x[:, prefix:]], y, weight, bias, **epilogue, **source)
+    return y
+
+
 def strided_conv_gelu_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
     windows: Windows,
+    layout: str,
     approximate: str,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`laco_kernels.reference.strided_conv_gelu_forward`; without ``save`` the pre-activation is empty."""
-    if windows.ratio > 2:
-        raise _unsupported("kernel_size", windows.ratio, "1 or 2")
-    batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
-    tokens = _tokens("x", x, batch * rows)
-    weight, bias = _layer("", weight, bias)
-    shape = (batch, rows, weight.shape[0])
-    y, pre = x.new_empty(shape), x.new_empty(shape if save else (0,))
-    if windows.ratio == 2:
-        source = _windows(tokens, batch, windows, "raster")
-    else:
-        rest = _rows(batch, rows, tokens.channels, tokens.stride_t, tokens.stride_b)
-        source = {"sources": [tokens.behind(prefix)], **rest}
-    _gemm([x[:, prefix:]], y, weight, bias, approximate=approximate, pre=pre if save else None, **source)
-    return y, pre
+    pre = x.new_empty((x.shape[0], windows.num_windows, weight.shape[0]) if save else (0,))
+    epilogue = {"approximate": approximate, "pre": pre if save else None}
+    return strided_conv_forward(x, weight, bias, windows=windows, layout=layout, **epilogue), pre
 
 
 def multi_block_linear_gelu_forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ import triton
 
 from laco_kernels.kernels import pointwise
 from laco_kernels.kernels.common import GATHER, RESIDUAL, collected, column_sum, gathered, outer
-from laco_kernels.kernels.gathered_gemm import RASTER, gathered_gemm, tile_for
+from laco_kernels.kernels.gathered_gemm import gathered_gemm, tile_for
 from laco_kernels.kernels.launch import accumulator_torch
 
 if TYPE_CHECKING:
@@ -131,31 +131,66 @@ def patch_merge_backward(
     return [dx, dweight1, dbias1, dweight2, dbias2]
 
 
-def strided_conv_gelu_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    windows: Windows,
-    approximate: str,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`laco_kernels.reference.strided_conv_gelu_forward`; without ``save`` the pre-activation is empty."""
-    shape = (x.shape[0], windows.num_windows, weight.shape[0])
-    y, pre = x.new_empty(shape), x.new_empty(shape if save else (0,))
+def strided_conv_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, layout: str, **epilogue: Any
+) -> torch.Tensor:
+    """See :func:`laco_kernels.reference.strided_conv_forward`; ``epilogue`` is what :func:`gathered_gemm` does besides."""
+    y = x.new_empty(x.shape[0], windows.num_windows, weight.shape[0])
     gathered_gemm(
         [x],
         weight,
         y,
         rows=windows.num_windows,
         prefix=windows.prefix_tokens,
-        gather=RASTER,
+        gather=GATHER[layout],
         windows=windows,
         bias=bias,
-        activation=approximate,
-        save_pre=pre if save else None,
+        **epilogue,
     )
-    return y, pre
+    return y
+
+
+def strided_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    layout: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.strided_conv_backward`."""
+    dx = None
+    if needs[0]:
+        dx = x.new_empty(x.shape)
+        dx[:, : windows.prefix_tokens].zero_()
+        gathered_gemm(
+            [grad],
+            weight.t(),
+            dx,
+            rows=windows.num_windows,
+            windows=windows,
+            out_prefix=windows.prefix_tokens,
+            scatter=GATHER[layout],
+        )
+    dweight = outer(grad, gathered(x, windows, layout)) if needs[1] else None
+    return [dx, dweight, column_sum(grad) if needs[2] else None]
+
+
+def strided_conv_gelu_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    windows: Windows,
+    layout: str,
+    approximate: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`laco_kernels.reference.strided_conv_gelu_forward`; without ``save`` the pre-activation is empty."""
+    pre = x.new_empty((x.shape[0], windows.num_windows, weight.shape[0]) if save else (0,))
+    epilogue = {"activation": approximate, "save_pre": pre if save else None}
+    return strided_conv_forward(x, weight, bias, windows=windows, layout=layout, **epilogue), pre
 
 
 def strided_conv_gelu_backward(
@@ -166,24 +201,12 @@ def strided_conv_gelu_backward(
     needs: Sequence[bool],
     *,
     windows: Windows,
+    layout: str,
     approximate: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.strided_conv_gelu_backward`."""
     dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=needs[2])
-    dx = None
-    if needs[0]:
-        dx = x.new_empty(x.shape)
-        dx[:, : windows.prefix_tokens].zero_()
-        gathered_gemm(
-            [dpre],
-            weight.t(),
-            dx,
-            rows=windows.num_windows,
-            windows=windows,
-            out_prefix=windows.prefix_tokens,
-            scatter=RASTER,
-        )
-    dweight = outer(dpre, gathered(x, windows, "raster")) if needs[1] else None
+    dx, dweight, _ = strided_conv_backward(dpre, x, weight, [*needs[:2], False], windows=windows, layout=layout)
     return [dx, dweight, dbias]
 
 

@@ -38,7 +38,7 @@ MODULES = {
     "cuda": "laco_kernels.kernels.cuda",
 }
 IMPLEMENTATIONS = tuple(MODULES)
-OPERATORS = ("patch_merge", "strided_conv_gelu", "multi_block_linear_gelu")
+OPERATORS = ("patch_merge", "strided_conv_gelu", "strided_conv", "multi_block_linear_gelu")
 # The operators inside an encoder have modules of their own.
 TOWER_MODULES = {
     "reference": "laco_kernels.reference_tower",
@@ -46,7 +46,15 @@ TOWER_MODULES = {
 }
 TOWER_OPERATORS = ("add_norm", "gated_silu", "activate")
 # The argument by whose value an operator is measured and chosen apart: its form.
-FORMS = {"patch_merge": "layout", "add_norm": "kind", "activate": "activation"}
+FORMS = {
+    "patch_merge": "layout",
+    "strided_conv_gelu": "layout",
+    "strided_conv": "layout",
+    "add_norm": "kind",
+    "activate": "activation",
+}
+# The form that goes without saying, in rows and calls alike: the order of tokens in which these are measured.
+UNSAID = {"strided_conv_gelu": "raster", "strided_conv": "raster"}
 AUTO = "auto"
 
 
@@ -248,9 +256,9 @@ def rows_of(entry: dict[str, Any], op: str, direction: str, form: str | None, dt
 
 
 def form_of(facts: dict[str, Any]) -> str | None:
-    """Return the form that a row of the table, or a measured case, is of; ``None`` where its operator knows one only."""
+    """Return the form that a row of the table, a measured case or a call is of; ``None`` where it goes without saying."""
     form = facts.get(FORMS.get(facts["op"], ""))
-    return None if form is None else str(form)
+    return None if form is None or form == UNSAID.get(facts["op"]) else str(form)
 
 
 @functools.cache

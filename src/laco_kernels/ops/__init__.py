@@ -6,7 +6,7 @@ from laco_kernels.ops.add_norm import add_norm
 from laco_kernels.ops.block_fusion import multi_block_linear_gelu
 from laco_kernels.ops.packed_linear import packed_linear
 from laco_kernels.ops.patch_merge import patch_merge
-from laco_kernels.ops.strided_conv import strided_conv_gelu
+from laco_kernels.ops.strided_conv import strided_conv, strided_conv_gelu
 
 from laco_kernels.ops import cost  # isort: skip  # counts the operators registered above
 
@@ -20,5 +20,6 @@ __all__ = [
     "multi_block_linear_gelu",
     "packed_linear",
     "patch_merge",
+    "strided_conv",
     "strided_conv_gelu",
 ]

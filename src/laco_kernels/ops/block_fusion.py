@@ -104,7 +104,7 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(*inputs: Any) -> list[torch.Tensor]:
     grad, xs, pre, weight, prefix_tokens, approximate, impl, needs = inputs
     options = {"approximate": approximate, "prefix_tokens": prefix_tokens}
-    return list(library.run_backward("multi_block_linear_gelu", impl, grad, (xs, pre, weight), needs, options))
+    return list(library.run_backward("multi_block_linear_gelu", impl, grad, (xs, pre.contiguous(), weight), needs, options))
 
 
 def _backward_fake(*inputs: Any) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from laco_kernels.geometry import Windows
 
 APPROXIMATIONS = ("none", "tanh")
+LAYOUTS = ("raster", "block")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,6 +24,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         names = ", ".join(map(repr, choices))
         raise ValueError(complaint(name, repr(value), f"one of {names}", f"Pass {name}={choices[0]!r}"))
+
+
+def check_layout(layout: str, windows: Windows) -> None:
+    """Raise ValueError unless the patch tokens of these windows can lie in ``layout``."""
+    check_choice("layout", layout, LAYOUTS)
+    if layout == "block" and not windows.is_even:
+        given = f"'block' with a grid of {windows.grid[0]} x {windows.grid[1]}"
+        raise ValueError(complaint("layout", given, f"'raster' unless {windows.ratio} divides both sides", "Keep raster order"))
 
 
 def check_tensor(name: str, tensor: object) -> None:

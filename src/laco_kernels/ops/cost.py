@@ -42,6 +42,15 @@ def _linear(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return product_flops(out_shape[0][0] * out_shape[0][1], weight)
 
 
+def _plain_conv(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return product_flops(out_shape[0] * out_shape[1], weight)
+
+
+def _plain_conv_backward(grad: Any, x: Any, weight: Any, *settings: Any, **_: Any) -> int:
+    needs = settings[-1]
+    return product_flops(grad[0] * grad[1], weight) * (needs[0] + needs[1])
+
+
 def _conv_backward(grad: Any, x: Any, pre: Any, weight: Any, *settings: Any, **_: Any) -> int:
     needs = settings[-1]
     return product_flops(pre[0] * pre[1], weight) * (needs[0] + needs[1])
@@ -66,6 +75,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "patch_merge_backward": _merge_backward,
     "strided_conv_gelu": _linear,
     "strided_conv_gelu_backward": _conv_backward,
+    "strided_conv": _plain_conv,
+    "strided_conv_backward": _plain_conv_backward,
     "multi_block_linear_gelu": _linear,
     "multi_block_linear_gelu_backward": _fusion_backward,
     "packed_linear": _packed,

@@ -161,36 +161,42 @@ def _function(name: str, body: Callable[..., Any], prepare: Callable[..., None],
     return type(f"laco_{name}", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
-def run_forward(
-    name: str, impl: str, tensors: Sequence[Any], save: bool, options: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``<name>_forward`` of an implementation: the output, and the pre-activation, empty unless it is to be saved.
-
-    What the automatic choice cannot do, the composite does.
-    """
-    xs = tensors[0]
-    x = xs if isinstance(xs, torch.Tensor) else xs[0]
-    tokens = options["windows"].num_windows if "windows" in options else x.shape[1] - options["prefix_tokens"]
-    module = select.load(impl, name, "forward", x, x.shape[0] * tokens, options.get("layout"))
+def run(name: str, impl: str, tensors: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Run ``<name>_forward`` of an implementation. What the automatic choice cannot do, the composite does."""
+    module = _load(impl, name, "forward", tensors[0], options)
     try:
-        y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
+        return getattr(module, f"{name}_forward")(*tensors, **options)
     except UnsupportedError:  # said before anything was done
         if impl != select.AUTO:
             raise
-        module = select.load("composite", name, "forward", x, 0)
-        y, pre = getattr(module, f"{name}_forward")(*tensors, save=save, **options)
+        module = _load("composite", name, "forward", tensors[0], options)
+        return getattr(module, f"{name}_forward")(*tensors, **options)
+
+
+def run_forward(
+    name: str, impl: str, tensors: Sequence[Any], save: bool, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`run` where there is an activation: the output, and the pre-activation, empty unless it is to be saved."""
+    y, pre = run(name, impl, tensors, {**options, "save": save})
     return y, pre if save else y.new_empty(0)
 
 
 def run_backward(
     name: str, impl: str, grad: torch.Tensor, saved: Sequence[Any], needs: Sequence[bool], options: dict[str, Any]
 ) -> tuple[torch.Tensor, ...]:
-    """Run ``<name>_backward`` of an implementation on what :func:`run_forward` saved."""
-    x, pre, *weights = saved
-    module = select.load(impl, name, "backward", pre, pre.shape[0] * pre.shape[1], options.get("layout"))
-    # Gradients arrive expanded and sliced, and what was saved comes back from hooks in strides of their choice.
-    arguments = (grad.contiguous(), x, pre.contiguous(), *weights)
-    return present(getattr(module, f"{name}_backward")(*arguments, needs, **options), pre)
+    """Run ``<name>_backward`` of an implementation on what was saved, the tokens first.
+
+    Gradients arrive expanded and sliced. So may what was saved, as hooks bring it back in strides of their choice: a
+    pre-activation, which was contiguous, is to be made so again before.
+    """
+    module = _load(impl, name, "backward", saved[0], options)
+    return present(getattr(module, f"{name}_backward")(grad.contiguous(), *saved, needs, **options), grad)
+
+
+def _load(impl: str, name: str, direction: str, xs: torch.Tensor | Sequence[torch.Tensor], options: dict[str, Any]) -> Any:
+    x = xs if isinstance(xs, torch.Tensor) else xs[0]
+    tokens = options["windows"].num_windows if "windows" in options else x.shape[1] - options["prefix_tokens"]
+    return select.load(impl, name, direction, x, x.shape[0] * tokens, select.form_of({"op": name, **options}))
 
 
 def refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor | None]) -> None:

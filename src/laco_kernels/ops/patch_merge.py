@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESIDUALS = ("mean", "channel_group", "none")
-LAYOUTS = ("raster", "block")
 
 
 def patch_merge(
@@ -68,7 +67,6 @@ def patch_merge(
     windows = Windows(check_grid(grid), integer("ratio", ratio, 2), prefix_tokens, pad)
     checks.check_choice("residual", residual, RESIDUALS)
     checks.check_choice("approximate", approximate, checks.APPROXIMATIONS)
-    checks.check_choice("layout", layout, LAYOUTS)
     tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     _check_shapes(x, weight1, bias1, weight2, bias2, windows, residual, layout)
     checks.check_alike(tensors)
@@ -105,9 +103,7 @@ def _check_shapes(
     residual: str,
     layout: str,
 ) -> None:
-    if layout == "block" and not windows.is_even:
-        given = f"'block' with a grid of {windows.grid[0]} x {windows.grid[1]}"
-        raise ValueError(complaint("layout", given, f"'raster' unless {windows.ratio} divides both sides", "Keep raster order"))
+    checks.check_layout(layout, windows)
     checks.check_image_tokens(x, windows)
     channels = x.shape[2]
     checks.check_linear("1", weight1, bias1, (windows.ratio, windows.ratio, channels), "(dy, dx, c)")
@@ -151,7 +147,7 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     grad, x, pre, weight1, weight2, *settings, impl, needs = inputs
-    return library.run_backward("patch_merge", impl, grad, (x, pre, weight1, weight2), needs, _options(*settings))
+    return library.run_backward("patch_merge", impl, grad, (x, pre.contiguous(), weight1, weight2), needs, _options(*settings))
 
 
 def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:

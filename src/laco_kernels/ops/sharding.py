@@ -54,6 +54,14 @@ def _conv_backward(*_: Any) -> Any:
     return rules(1, 2, 3, 1)
 
 
+def _plain_conv(x: Any, weight: Any, bias: Any, *_: Any) -> Any:
+    return rules(1, 0, 1, 1 + (bias is not None))
+
+
+def _plain_conv_backward(*_: Any) -> Any:
+    return rules(1, 2, 2, 1)
+
+
 def _fusion(xs: Any, weight: Any, bias: Any, *_: Any) -> Any:
     return rules(2, 0, len(xs), 1 + (bias is not None))
 
@@ -95,6 +103,8 @@ RULES = {
     "patch_merge_backward": _merge_backward,
     "strided_conv_gelu": _conv,
     "strided_conv_gelu_backward": _conv_backward,
+    "strided_conv": _plain_conv,
+    "strided_conv_backward": _plain_conv_backward,
     "multi_block_linear_gelu": _fusion,
     "add_norm": _norm,
     "add_norm_backward": _norm_backward,
