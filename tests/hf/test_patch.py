@@ -24,14 +24,15 @@ families = pytest.mark.parametrize("family", list(MODELS))
 IMPLS = ["reference", "triton"]  # the latter interpreted where there is no GPU
 
 MERGE = {"patch_merge": 1, "patch_merge_backward": 1}
+CONV = {"strided_conv": 1, "strided_conv_backward": 1}
 NORM = {"add_norm": 1, "add_norm_backward": 1}
 CALLS = {
     "internvl": MERGE,
     "qwen2_vl": MERGE,
     "qwen2_5_vl": MERGE | NORM,
     "qwen3_vl": {"patch_merge": 2, "patch_merge_backward": 2},
-    "idefics3": {},
-    "smolvlm": {},
+    "idefics3": CONV,
+    "smolvlm": CONV,
     "llama4": {"strided_conv_gelu": 2, "strided_conv_gelu_backward": 2},
     "gemma3": NORM,
     "llava": MERGE,
@@ -117,8 +118,6 @@ def test_the_operators_are_called(family):
     with Calls() as calls:
         everything(model, named)
     assert calls.laco == CALLS[family]
-    if not CALLS[family]:
-        assert calls.aten["clone"] == stock["clone"] - 2, "the second copy of space-to-depth, forward and backward"
     assert ("avg_pool2d" in stock) == (family == "gemma3")
     assert "avg_pool2d" not in calls.aten
 

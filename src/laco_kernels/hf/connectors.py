@@ -16,13 +16,12 @@ import types
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from laco_kernels.geometry import Windows
 from laco_kernels.hf.fused import is_plain, is_transformed
-from laco_kernels.ops import add_norm, patch_merge, strided_conv_gelu
+from laco_kernels.ops import add_norm, patch_merge, strided_conv, strided_conv_gelu
 from laco_kernels.ops.checks import DTYPES
 from laco_kernels.ops.library import BODIES_ON
 
@@ -115,11 +114,6 @@ def _mlp(x: torch.Tensor, first: nn.Linear, second: nn.Linear, approximate: str,
         impl=impl,
     )
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _strided_conv(x: torch.Tensor, layer: nn.Linear, windows: Windows) -> torch.Tensor:
-    """Space-to-depth in one copy, where the stock code makes two, and a product."""
-    return F.linear(windows.split(x).flatten(2), layer.weight, layer.bias)
 
 
 class MLP(Connector):
@@ -226,8 +220,8 @@ class VisionMerger(MLP):
 class PixelShuffle(Connector):
     """Space-to-depth and a product (Idefics3, SmolVLM)."""
 
-    operators = ()
-    by = "space-to-depth in one copy"
+    operators = ("strided_conv",)
+    by = "strided_conv"
     scale_factor: int
     modality_projection: Any
 
@@ -237,8 +231,10 @@ class PixelShuffle(Connector):
 
     def fused(self, x: torch.Tensor) -> torch.Tensor | None:
         """Apply it to ``[B, N, C]``."""
-        windows = _square(x, self.scale_factor)
-        return None if windows is None else _strided_conv(x, self.modality_projection.proj, windows)
+        windows, layer = _square(x, self.scale_factor), self.modality_projection.proj
+        if windows is None:
+            return None
+        return strided_conv(x, layer.weight, layer.bias, grid=windows.grid, kernel_size=windows.ratio, impl=self.impl)
 
 
 class PixelShuffleMLP(Connector):

@@ -71,7 +71,7 @@ def patch(model: nn.Module, *, impl: str | None = None) -> Report:
     Qwen2.5-VL                  ``add_norm`` for the RMSNorm (it rounds once), ``patch_merge``
     Llama 4                     ``strided_conv_gelu`` twice, in the vision model
     Gemma 3                     pooling without copies, ``add_norm`` for the RMSNorm
-    Idefics3, SmolVLM           space-to-depth in one copy instead of two
+    Idefics3, SmolVLM           ``strided_conv``
     LLaVA, -NeXT, -OneVision    ``patch_merge`` of single tokens
     ==========================  =================================================================================
 
