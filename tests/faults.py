@@ -34,6 +34,10 @@ TOWER, TOWER_TILES, TOWER_FAR, TOWER_AROUND, TOWER_MEMORY, TOWER_RANGE, ROUNDED,
 )  # fmt: skip
 HOPPER = "tests/kernels/test_cuda.py"
 TOWER_REFERENCE, SAVED = "tests/test_reference_tower.py", "tests/ops/test_tower_ops.py -k test_add_norm_saves"
+CONNECTORS, CHANGED = (
+    "tests/hf/test_patch.py -k 'outputs_and or errors_stay'",
+    ("tests/hf/test_patch_lived_in.py -k 'passed_over or activation or dropout'"),
+)
 MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
 
 FILES = dict.fromkeys(("split", "collect", "gelu_backward", "join"), "kernels/pointwise.py")
@@ -43,7 +47,7 @@ FILES |= {
 }
 FILES |= {name: f"kernels/{name}.py" for name in ("norm", "elementwise", "rows")}
 FILES |= {name: f"{name}.py" for name in ("reference", "reference_tower", "geometry")}
-FILES |= {"add_norm": "ops/add_norm.py"}
+FILES |= {"add_norm": "ops/add_norm.py", "connectors": "hf/connectors.py"}
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,16 @@ FAULTS = [
         "x, total = x.float() + delta, total.to(x.dtype)", TOWER_REFERENCE),
     Fault("add_norm", "delta is kept without need", "delta if scale is not None and ctx.needs_input_grad[4] else None", "delta",
         SAVED),
+    Fault("connectors", "erf where tanh was asked for", 'return "tanh" if', 'return "none" if', CHANGED),
+    Fault("connectors", "hooks on a product are passed over", "reason := _changed(layer, nn.Linear)", "reason := None",
+        CHANGED),
+    Fault("connectors", "quantised weights are read", "type(parameter) not in PLAIN_TENSORS", "False", CHANGED),
+    Fault("connectors", "the last of four patches first", "return out.view(-1, self.hidden_size)\n\n\nclass RMS",
+        "return out.flip(0).view(-1, self.hidden_size)\n\n\nclass RMS", CONNECTORS),
+    Fault("connectors", "a weight that counts from zero", "1.0 + norm.weight.float()", "norm.weight.float()", CONNECTORS),
+    Fault("geometry", "tiles of a transposed image", "unflatten(1, (height, r, width, r))",
+        "unflatten(1, (width, r, height, r))", GEOMETRY),
+    Fault("connectors", "dropout is left out", "(mlp.training and mlp.dropout)", "False", CHANGED),
 ]  # fmt: skip
 
 # An installed package may come before the broken copy: the run says which one it imported.

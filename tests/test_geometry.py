@@ -31,6 +31,14 @@ def test_split_puts_every_patch_into_its_window(w):
             assert value == (y * width + x + 1 if y < height and x < width else 0)
 
 
+@given(windows(pad=False))
+def test_tiles_are_the_windows_without_a_copy(w):
+    patches = torch.randn(2, w.num_patches, 3)
+    tiles = w.tiles(patches)
+    assert tiles.data_ptr() == patches.data_ptr()
+    assert torch.equal(tiles.transpose(2, 3).reshape(2, w.num_windows, -1, 3), w.split(patches))
+
+
 @given(windows(pad=False), st.integers(0, 2))
 def test_block_order_is_undone_by_raster_order(w, dim):
     shape = [2, 3, 4]

@@ -29,9 +29,14 @@ def test_the_encoders_examples_run_as_written(tmp_path, monkeypatch, capsys):
     assert "norm in one pass: 24" in capsys.readouterr().out
 
 
+def test_the_connectors_example_runs_as_written(tmp_path, monkeypatch, capsys):
+    run(EXAMPLES[2], {}, tmp_path, monkeypatch)
+    assert capsys.readouterr().out.strip() in EXAMPLES[2]
+
+
 def test_the_operators_example_runs_as_written(tmp_path, monkeypatch):
-    assert len(EXAMPLES) == 3
-    names = run(EXAMPLES[2], {}, tmp_path, monkeypatch)
+    assert len(EXAMPLES) == 4
+    names = run(EXAMPLES[3], {}, tmp_path, monkeypatch)
     assert names["y"].shape == (2, 145, 64)
     assert names["z"].shape == (2, 144, 64)
     assert names["v"].shape == (2, 144, 64)

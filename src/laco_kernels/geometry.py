@@ -121,6 +121,11 @@ class Windows:
         """Rows added at the bottom and columns added at the right."""
         return self.out_grid[0] * self.ratio - self.grid[0], self.out_grid[1] * self.ratio - self.grid[1]
 
+    def tiles(self, patches: torch.Tensor) -> torch.Tensor:
+        """View the raster-ordered patches ``[B, N, C]`` of an even grid as ``[B, H / r, r, W / r, r, C]``."""
+        (height, width), r = self.out_grid, self.ratio
+        return patches.unflatten(1, (height, r, width, r))
+
     def split(self, patches: torch.Tensor) -> torch.Tensor:
         """Window the raster-ordered patches ``[B, N, C]`` into ``[B, N', r * r, C]``, zero-padded where a grid is odd."""
         batch, _, channels = patches.shape

@@ -1,13 +1,16 @@
-"""Optimised encoders with what wraps models: PEFT's adapters, data parallelism, sharded parameters."""
+"""Optimised encoders and patched connectors with what wraps models: PEFT's adapters, data parallelism, sharded parameters."""
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 import laco_kernels as lk
 from laco_kernels.hf import fused
 from laco_kernels.hf.graphs import Anatomy
 from tests.hf.encoders import STOCK, compressed, pixels, stock
+from tests.hf.multimodal import built, inputs
+from tests.hf.test_patch import Calls
 from tests.processes import WORLD, run_together
 
 
@@ -69,7 +72,56 @@ def fsdp(rank):
         Anatomy(model)
 
 
-CHECKS = [ddp, fsdp]
+def trained_behind_a_connector(wrap, rank, patched):
+    """Take a step of a multimodal model and return the parameters in full."""
+    model = built("internvl").train()
+    if patched:
+        lk.hf.patch(model)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2)
+    named = {name: own(value, rank) for name, value in inputs("internvl").items()}
+    with Calls() as calls:
+        wrapped(**named).logits.square().mean().backward()
+    assert bool(calls.laco) is patched
+    optimizer.step()
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in model.named_parameters()}
+
+
+def assert_connectors_train_alike(wrap, rank):
+    plain, ours = (trained_behind_a_connector(wrap, rank, patched) for patched in (False, True))
+    before = dict(built("internvl").named_parameters())
+    assert all(not torch.equal(plain[name], before[name]) for name in plain if "multi_modal_projector" in name)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9)
+
+
+def ddp_of_connectors(rank):
+    def wrap(model):
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+    assert_connectors_train_alike(wrap, rank)
+
+
+def fsdp_of_connectors(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model):
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for part in (model.model.multi_modal_projector, model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    assert_connectors_train_alike(shard, rank)
+    model = built("internvl")
+    lk.hf.patch(model)
+    shard(model)
+    assert isinstance(model.model.multi_modal_projector, InternVLMultiModalProjector)
+    with pytest.raises(RuntimeError, match=r"^model: got a connector that has become a FSDP"):
+        lk.hf.unpatch(model)
+
+
+CHECKS = [ddp, fsdp, ddp_of_connectors, fsdp_of_connectors]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Token compression inside the vision encoders of Hugging Face transformers.
+"""Token compression inside the vision encoders of Hugging Face transformers, and faster connectors behind them.
 
 Importing this package registers the compressed encoders with ``AutoConfig`` and ``AutoModel``, so that checkpoints saved
 from them load by ``AutoModel.from_pretrained``. Needs the ``hf`` extra.
@@ -32,6 +32,7 @@ from laco_kernels.hf.encoders import (
     LacoSiglipVisionModel,
 )
 from laco_kernels.hf.optimize import optimize, restore
+from laco_kernels.hf.patch import patch, unpatch
 
 __all__ = [
     "LacoAimv2VisionConfig",
@@ -44,5 +45,7 @@ __all__ = [
     "LacoSiglipVisionModel",
     "compress",
     "optimize",
+    "patch",
     "restore",
+    "unpatch",
 ]
