@@ -57,9 +57,9 @@ def launches_are_free() -> Iterator[None]:
         _launches.free = False
 
 
-def pays(x: torch.Tensor) -> bool:
-    """Return whether ``x`` is large enough for one pass instead of two or three to be worth a launch of ours."""
-    return torch.compiler.is_compiling() or getattr(_launches, "free", False) or x.numel() >= LEAST[torch.is_grad_enabled()]
+def pays(elements: int) -> bool:
+    """Return whether a tensor is large enough for one pass instead of two or three to be worth a launch of ours."""
+    return torch.compiler.is_compiling() or getattr(_launches, "free", False) or elements >= LEAST[torch.is_grad_enabled()]
 
 
 class Fused(nn.Module):
@@ -80,7 +80,7 @@ def implementation(module: Fused, op: str, x: torch.Tensor, form: str | None = N
         return None
     if module.impl is not None:
         return module.impl
-    if form in SMALL_GAINS and not pays(x):
+    if form in SMALL_GAINS and not pays(x.numel()):
         return None
     ways = ("forward", "backward") if torch.is_grad_enabled() else ("forward",)
     size = autocast_dtype(x), x.numel() // max(x.shape[-1], 1)
@@ -200,7 +200,7 @@ class Pack:
         if given is not x or before != state or id(member) not in shares:
             if all(member is not own for own in self.members):  # a copy of one
                 return None
-            y = self.product(x) if member.impl is not None or pays(x) else None
+            y = self.product(x) if member.impl is not None or pays(x.numel()) else None
             if y is None:
                 return None
             # Not views to autograd, so that a hook may change one in place.
@@ -308,28 +308,6 @@ class FusedSiglipMLP(Fused, SiglipMLP):
         # cuBLASLt's epilogue; on what it does not support torch computes the same in two passes.
         made = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
         return self.fc2(made.view(*hidden_states.shape[:-1], -1))
-
-
-# Elements. cuBLAS's fast kernels read 16 bytes at a time; 588 values a patch took 105 us on an H200, padded to 592 60 us.
-ALIGNMENT = 8
-
-
-class PatchProduct(Fused, nn.Conv2d):
-    """A patch embedding as one matrix product, whose result lies token by token: what the encoder flattens it to."""
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed images ``[B, 3, height, width]`` into ``[B, C, H, W]``, a view of ``[B, H * W, C]``."""
-        if not (pixels.is_cuda or self.impl) or pixels.dim() != 4:
-            return super().forward(pixels)
-        (down, across), (height, width) = self.kernel_size, pixels.shape[-2:]
-        grid = height // down, width // across
-        pixels = pixels[:, :, : grid[0] * down, : grid[1] * across]
-        patches = pixels.unflatten(3, (grid[1], across)).unflatten(2, (grid[0], down)).permute(0, 2, 4, 1, 3, 5)
-        patches, weight = patches.flatten(3).flatten(1, 2), self.weight.flatten(1)
-        if lacking := -weight.shape[1] % ALIGNMENT:
-            patches, weight = (nn.functional.pad(tensor, (0, lacking)) for tensor in (patches, weight))
-        tokens = nn.functional.linear(patches, weight, self.bias)
-        return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 class FusedLayer(Fused):

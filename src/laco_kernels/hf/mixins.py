@@ -114,9 +114,14 @@ class BlockOrderEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Embed images ``[B, 3, height, width]`` into ``[B, P + N, C]``."""
-        tokens = super().forward(pixel_values, *args, **kwargs)
         windows = windows_of(self.config, *pixel_values.shape[-2:])
-        return windows.to_block_order(tokens) if inner_layout(self.config, windows) == "block" else tokens
+        if inner_layout(self.config, windows) == "block":
+            return self.in_block_order(windows, pixel_values, *args, **kwargs)
+        return super().forward(pixel_values, *args, **kwargs)
+
+    def in_block_order(self, windows: Windows, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Embed images whose grid has complete windows; arguments and result are those of :meth:`forward`."""
+        return windows.to_block_order(super().forward(pixel_values, *args, **kwargs))
 
 
 class MergingLayer(nn.Module):

@@ -15,10 +15,10 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from laco_kernels.errors import complaint
-from laco_kernels.hf import fused
+from laco_kernels.hf import fused, fused_embeddings
 from laco_kernels.hf.encoders import FAMILIES
 from laco_kernels.hf.graphs import GraphedForward, is_sharded
-from laco_kernels.hf.mixins import CompressedEncoder
+from laco_kernels.hf.mixins import CompressedEncoder, inner_layout, windows_of
 from laco_kernels.kernels import select
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def optimize(
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
             compressed. Optimise before wrapping it in DDP or sharding it by FSDP2.
         fuse: residual sum, LayerScale and norm in one pass, RMSNorm in one pass; queries, keys and values as one product,
-            also SwiGLU's two; SwiGLU's and CLIP's activation in one pass; the patch embedding as one product; without
-            gradients SigLIP's activation inside the product before it.
+            also SwiGLU's two; SwiGLU's and CLIP's activation in one pass; the patch embedding as one product, which in a
+            compressed encoder makes the tokens window by window; without gradients SigLIP's activation inside the product
+            before it.
         graphs: replay the forward pass as a CUDA graph, captured for each shape, in evaluation mode and without gradients.
         compile: run the forward pass through ``torch.compile``, by its own defaults; with ``graphs`` that is captured.
         impl: the kernels' implementation, as for the operators: ``None`` is the measured choice, and only that may leave a
@@ -225,7 +226,9 @@ def _fuse(encoder: PreTrainedModel, impl: str | None) -> None:
             _become(module, fused.NORMS[type(module)], impl)
             module.__dict__.setdefault("feeds_a_product", False)
         elif type(module) is nn.Conv2d and _embeds_patches(module):
-            _become(module, fused.PatchProduct, impl)
+            _become(module, fused_embeddings.PatchProduct, impl)
+        elif type(module) in fused_embeddings.EMBEDDINGS and module.config.compression["layout"] == "block":
+            _become(module, fused_embeddings.EMBEDDINGS[type(module)], impl)
 
 
 def _fuse_mlp(mlp: Any, impl: str | None) -> None:
@@ -299,7 +302,8 @@ def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
     add("SwiGLU in one product and one pass", fused.FusedAimv2MLP, no_gpu or reason("gated_silu"))
     add("quick GELU in one pass", fused.FusedQuickGELU, reason("activate", "quick_gelu"))
     add("tanh-GELU inside the product before it, in inference", fused.FusedSiglipMLP, on_cpu)
-    add("patch embedding as one product", fused.PatchProduct, no_gpu)
+    add("patch embedding as one product", fused_embeddings.PatchProduct, no_gpu)
+    add("patches embedded window by window", fused_embeddings.FusedEmbeddings, no_gpu or _odd_grid(encoder))
     if settings.compile:
         parts.append(Part("torch.compile", 1))
     if settings.graphs:
@@ -312,10 +316,19 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 STOCK: dict[type[nn.Module], type[nn.Module]] = {
-    **{kind: stock for stock, kind in (fused.LAYERS | fused.NORMS).items()},
+    **{kind: stock for stock, kind in (fused.LAYERS | fused.NORMS | fused_embeddings.EMBEDDINGS).items()},
     fused.PackedLinear: nn.Linear,
     fused.FusedAimv2MLP: Aimv2MLP,
     fused.FusedQuickGELU: QuickGELUActivation,
     fused.FusedSiglipMLP: SiglipMLP,
-    fused.PatchProduct: nn.Conv2d,
+    fused_embeddings.PatchProduct: nn.Conv2d,
 }
+def _odd_grid(encoder: PreTrainedModel) -> str | None:
+    """Return why a compressed encoder does not use block order on images of its own size, where it does not."""
+    if not isinstance(encoder, CompressedEncoder):
+        return None
+    windows = windows_of(encoder.config, *_pair(encoder.config.image_size))
+    odd = f"a grid of {windows.grid[0]} x {windows.grid[1]} keeps raster order"
+    return None if inner_layout(encoder.config, windows) == "block" else odd
+
+
