@@ -1,7 +1,10 @@
 """Optimised encoders in use: moved, saved, hooked, patched, parametrised, transformed by code that knows nothing of it."""
 
+import contextlib
 import copy
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -147,3 +150,43 @@ def test_transforms_run_the_stock_layers():
     lk.hf.optimize(model, impl="reference")
     one_by_one = torch.func.vmap(lambda image: model(image[None]).last_hidden_state[0])(x)
     torch.testing.assert_close(one_by_one, expected, rtol=1e-9, atol=1e-9)
+
+
+def replaced(model):
+    attention = model.encoder.layers[1].self_attn
+    attention.k_proj = nn.Linear(32, 32, dtype=torch.float64)
+
+
+def failing(model):
+    def fail(*_):
+        raise InterruptedError
+
+    model.encoder.layers[1].self_attn.k_proj.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("change", [replaced, failing])
+def test_nothing_waits_for_a_layer_that_does_not_come(change, gradients):
+    model, x, inputs = made("clip"), pixels(), []
+    lk.hf.optimize(model, impl="reference")
+    change(model)
+    for layer in model.encoder.layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0])))
+    with torch.set_grad_enabled(gradients), contextlib.suppress(InterruptedError):
+        model(x)
+    assert len(inputs) == (4 if change is replaced else 2)
+    gc.collect()
+    assert not any(given() is not None for given in inputs), "an input waits for the next one"
+
+
+def test_what_waits_outside_a_layer_waits_until_the_next_product():
+    model, x = made("clip"), torch.randn(2, 3, 32, dtype=torch.float64)
+    lk.hf.optimize(model, impl="reference")
+    first, second = (layer.self_attn for layer in model.encoder.layers[:2])
+    first.q_proj(x)
+    given, x = weakref.ref(x), x + 1
+    gc.collect()
+    assert given() is not None
+    second.v_proj(x)
+    gc.collect()
+    assert given() is None
