@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import laco_kernels as lk
+from laco_kernels.hf import fused
 from tests.hf.encoders import pixels
 from tests.hf.optimised import classes, features, made, packs_of
 
@@ -190,3 +191,38 @@ def test_what_waits_outside_a_layer_waits_until_the_next_product():
     second.v_proj(x)
     gc.collect()
     assert given() is None
+
+
+def test_of_two_models_one_inside_the_other_only_one_is_optimised():
+    outer, inner = made("siglip"), made("siglip", num_hidden_layers=1)
+    outer.teacher = inner
+    outer_classes = classes(outer)
+    lk.hf.optimize(inner, impl="reference")
+    before = classes(outer)
+    with pytest.raises(ValueError, match=r"^encoder: got one that holds an optimised model, 'teacher', .* Call restore"):
+        lk.hf.optimize(outer, impl="reference")
+    assert classes(outer) == before
+    lk.hf.restore(outer)  # was not optimised: nothing to undo, inside neither
+    assert classes(outer) == before
+    lk.hf.restore(inner)
+    lk.hf.optimize(outer, impl="reference")
+    before = classes(outer)
+    with pytest.raises(ValueError, match=r"^encoder: got layers that another model was optimised with, .* Call restore"):
+        lk.hf.optimize(inner, impl="reference")
+    assert classes(outer) == before
+    lk.hf.restore(outer)
+    assert classes(outer) == outer_classes
+
+
+def test_a_model_is_not_restored_around_one_that_was_optimised_by_itself():
+    outer, inner = made("siglip"), made("siglip", num_hidden_layers=1)
+    lk.hf.optimize(outer, impl="reference")
+    lk.hf.optimize(inner, impl="reference")
+    outer.teacher = inner
+    before = classes(outer)
+    with pytest.raises(RuntimeError, match=r"^encoder: got one that holds another optimised model, 'teacher'"):
+        lk.hf.restore(outer)
+    assert classes(outer) == before
+    lk.hf.restore(inner)
+    lk.hf.restore(outer)
+    assert not any(isinstance(module, fused.Fused) for module in outer.modules())

@@ -122,7 +122,8 @@ def optimize(
 
     Raises:
         TypeError: ``encoder`` is no model, or one without layers of a known family.
-        ValueError: an option is out of range, ``encoder`` is sharded or offloaded.
+        ValueError: an option is out of range; ``encoder`` is sharded or offloaded, holds a model that was optimised by itself,
+            or is part of one that was.
         RuntimeError: ``impl`` cannot run here.
     """
     settings = Settings(fuse, graphs, compile, impl, max_bytes, tuple(batch_sizes), clone)
@@ -155,11 +156,14 @@ def restore(encoder: PreTrainedModel) -> None:
     """Undo :func:`optimize`, and free the memory of its graphs; an encoder that is not optimised stays as it is.
 
     Raises:
-        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation;
-            nothing is undone then.
+        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation, or
+            another optimised model was put inside; nothing is undone then.
     """
     if settings_of(encoder) is None:
         return
+    if (name := _optimised_inside(encoder)) is not None:
+        remedy = f"Restore its {name!r} first"
+        raise RuntimeError(complaint("encoder", f"one that holds another optimised model, {name!r}", "no such model", remedy))
     changed = [module for module in encoder.modules() if isinstance(module, fused.Fused)]
     for module in changed:
         if type(module) not in STOCK:
@@ -184,6 +188,11 @@ def settings_of(encoder: nn.Module) -> Settings | None:
     return encoder.__dict__.get(KEPT)
 
 
+def _optimised_inside(encoder: nn.Module) -> str | None:
+    """Return the name of a model inside ``encoder`` that was optimised by itself, if there is one."""
+    return next((name for name, module in encoder.named_modules() if name and settings_of(module) is not None), None)
+
+
 def _check(encoder: Any, settings: Settings) -> None:
     if not isinstance(encoder, PreTrainedModel):
         remedy = "Pass the vision model itself, before torch.compile and before it is wrapped"
@@ -201,6 +210,12 @@ def _check(encoder: Any, settings: Settings) -> None:
         raise ValueError(
             complaint("encoder", f"an offloaded {type(encoder).__name__}", "one whose weights are in place", remedy)
         )
+    if (name := _optimised_inside(encoder)) is not None:
+        remedy = f"Call restore on its {name!r}, then optimize only the model around it"
+        raise ValueError(complaint("encoder", f"one that holds an optimised model, {name!r}", "at most one of the two", remedy))
+    if settings_of(encoder) is None and any(isinstance(module, fused.Fused) for module in encoder.modules()):
+        remedy = "Call restore on the model that was optimised, then optimize only one of the two"
+        raise ValueError(complaint("encoder", "layers that another model was optimised with", "layers as they were", remedy))
     for size in settings.batch_sizes:
         if not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -311,6 +326,15 @@ def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
     return Report(tuple(parts))
 
 
+def _odd_grid(encoder: PreTrainedModel) -> str | None:
+    """Return why a compressed encoder does not use block order on images of its own size, where it does not."""
+    if not isinstance(encoder, CompressedEncoder):
+        return None
+    windows = windows_of(encoder.config, *_pair(encoder.config.image_size))
+    odd = f"a grid of {windows.grid[0]} x {windows.grid[1]} keeps raster order"
+    return None if inner_layout(encoder.config, windows) == "block" else odd
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -323,12 +347,3 @@ STOCK: dict[type[nn.Module], type[nn.Module]] = {
     fused.FusedSiglipMLP: SiglipMLP,
     fused_embeddings.PatchProduct: nn.Conv2d,
 }
-def _odd_grid(encoder: PreTrainedModel) -> str | None:
-    """Return why a compressed encoder does not use block order on images of its own size, where it does not."""
-    if not isinstance(encoder, CompressedEncoder):
-        return None
-    windows = windows_of(encoder.config, *_pair(encoder.config.image_size))
-    odd = f"a grid of {windows.grid[0]} x {windows.grid[1]} keeps raster order"
-    return None if inner_layout(encoder.config, windows) == "block" else odd
-
-
