@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laco_kernels.geometry import Windows, check_grid, integer
+from laco_kernels.geometry import Cuts, Windows, check_grid, find_cuts, integer
 
 from .strategies import windows
 
@@ -81,3 +81,39 @@ def test_a_grid_that_does_not_divide_says_how_to_pad():
         Windows((0, 4), 2)
     with pytest.raises(ValueError, match="prefix_tokens: got -1"):
         Windows((4, 4), 2, -1)
+
+
+@given(windows(pad=False), st.integers(1, 3))
+def test_block_order_is_cuts_of_rows_and_columns(w, nested):
+    height, width = (side * nested for side in w.grid)
+    numbers = torch.arange(height * width).view(height, width)
+    # Windows of windows: the grid is that of whole windows, each of nested x nested patches.
+    outer = Windows(w.grid, w.ratio)
+    inside = numbers.view(w.grid[0], nested, w.grid[1], nested).transpose(1, 2).reshape(1, -1, nested**2)
+    order = outer.to_block_order(inside).flatten()
+    cuts = find_cuts(order.tolist(), (height, width))
+    assert cuts is not None
+    assert torch.equal(numbers.view((*cuts.rows, *cuts.columns)).permute(cuts.order).flatten(), order)
+
+
+def test_cuts_of_windows():
+    order = Windows((4, 6), 2).to_block_order(torch.arange(24), 0)
+    assert find_cuts(order.tolist(), (4, 6)) == Cuts((2, 2), (3, 2), (0, 2, 1, 3))
+    assert find_cuts(range(24), (4, 6)) == Cuts((4,), (6,), (0, 1))
+    assert find_cuts([0], (1, 1)) == Cuts((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("grid", "patches"),
+    [((2, 2), p) for p in ([0, 1, 3, 2], [3, 2, 1, 0], [0, 3, 1, 2], [0, 0, 0, 0], [0, 1, 0, 1], [0, 2, 0, 2], [1, 0, 3, 2])]
+    + [((2, 4), [0, 1, 2, 3, 4, 6, 5, 7]), ((2, 4), [0, 1, 4, 5, 2, 3, 7, 6]), ((2, 3), [0, 1, 3, 4, 2, 5])],
+)
+def test_what_is_no_order_by_cuts(grid, patches):
+    assert find_cuts(patches, grid) is None
+
+
+@given(st.permutations(range(12)))
+def test_cuts_are_right_or_none(patches):
+    cuts = find_cuts(patches, (3, 4))
+    if cuts is not None:
+        assert torch.arange(12).view((*cuts.rows, *cuts.columns)).permute(cuts.order).flatten().tolist() == patches

@@ -7,6 +7,7 @@ window are neighbours, ``[H/r][W/r][dy][dx]``, so that merging a window is a vie
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -200,3 +201,43 @@ class Cascade:
         groups = patches.unflatten(dim, (stage.num_patches, first.num_patches // stage.num_patches))
         patches = replace(stage, prefix_tokens=0)._reorder(groups, dim, blocks_first=blocks_first).flatten(dim, dim + 1)
         return torch.cat([prefix, patches], dim) if first.prefix_tokens else patches
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """An order of patches as axes: rows and columns of the grid are cut into ``rows`` and ``columns``, outermost first.
+
+    Permuted by ``order``, the axes ``[*rows, *columns]`` are the order, so that what reads patches from an image reads them
+    in that order for nothing. For ``r x r`` windows: ``rows = (H / r, r)``, ``columns = (W / r, r)``, ``order = (0, 2, 1, 3)``.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def find_cuts(patches: Sequence[int], grid: tuple[int, int]) -> Cuts | None:
+    """Return how to cut a ``grid`` so that its patches come in the order given, or ``None`` where no cuts do that.
+
+    Args:
+        patches: raster numbers ``y * W + x`` of all ``H * W`` patches.
+        grid: ``(H, W)``.
+    """
+    places = [divmod(patch, grid[1]) for patch in patches]
+    axes: list[tuple[int, int, int]] = []  # innermost first: along rows (0) or columns (1), in what steps, how many
+    while len(places) > 1:
+        down, across = (places[1][i] - places[0][i] for i in (0, 1))
+        count = 2
+        while count < len(places) and places[count] == (places[0][0] + count * down, places[0][1] + count * across):
+            count += 1
+        if (down > 0) == (across > 0) or len(places) % count:
+            return None
+        axes.append((0, down, count) if down else (1, across, count))
+        places = places[::count]
+    outermost_first = sorted(axes, key=lambda axis: (axis[0], -axis[1]))
+    rows, columns = (tuple(count for side, _, count in outermost_first if side == i) for i in (0, 1))
+    cuts = Cuts(rows, columns, tuple(outermost_first.index(axis) for axis in reversed(axes)))
+    if (math.prod(rows), math.prod(columns)) != grid:
+        return None
+    made = torch.arange(len(patches), device="cpu").view((*rows, *columns)).permute(cuts.order).flatten()
+    return cuts if made.tolist() == list(patches) else None

@@ -1,13 +1,17 @@
 """Optimised encoders in use: moved, saved, hooked, patched, parametrised, transformed by code that knows nothing of it."""
 
+import contextlib
 import copy
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import laco_kernels as lk
+from laco_kernels.hf import fused
 from tests.hf.encoders import pixels
 from tests.hf.optimised import classes, features, made, packs_of
 
@@ -147,3 +151,78 @@ def test_transforms_run_the_stock_layers():
     lk.hf.optimize(model, impl="reference")
     one_by_one = torch.func.vmap(lambda image: model(image[None]).last_hidden_state[0])(x)
     torch.testing.assert_close(one_by_one, expected, rtol=1e-9, atol=1e-9)
+
+
+def replaced(model):
+    attention = model.encoder.layers[1].self_attn
+    attention.k_proj = nn.Linear(32, 32, dtype=torch.float64)
+
+
+def failing(model):
+    def fail(*_):
+        raise InterruptedError
+
+    model.encoder.layers[1].self_attn.k_proj.register_forward_pre_hook(fail)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("change", [replaced, failing])
+def test_nothing_waits_for_a_layer_that_does_not_come(change, gradients):
+    model, x, inputs = made("clip"), pixels(), []
+    lk.hf.optimize(model, impl="reference")
+    change(model)
+    for layer in model.encoder.layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, given: inputs.append(weakref.ref(given[0])))
+    with torch.set_grad_enabled(gradients), contextlib.suppress(InterruptedError):
+        model(x)
+    assert len(inputs) == (4 if change is replaced else 2)
+    gc.collect()
+    assert not any(given() is not None for given in inputs), "an input waits for the next one"
+
+
+def test_what_waits_outside_a_layer_waits_until_the_next_product():
+    model, x = made("clip"), torch.randn(2, 3, 32, dtype=torch.float64)
+    lk.hf.optimize(model, impl="reference")
+    first, second = (layer.self_attn for layer in model.encoder.layers[:2])
+    first.q_proj(x)
+    given, x = weakref.ref(x), x + 1
+    gc.collect()
+    assert given() is not None
+    second.v_proj(x)
+    gc.collect()
+    assert given() is None
+
+
+def test_of_two_models_one_inside_the_other_only_one_is_optimised():
+    outer, inner = made("siglip"), made("siglip", num_hidden_layers=1)
+    outer.teacher = inner
+    outer_classes = classes(outer)
+    lk.hf.optimize(inner, impl="reference")
+    before = classes(outer)
+    with pytest.raises(ValueError, match=r"^encoder: got one that holds an optimised model, 'teacher', .* Call restore"):
+        lk.hf.optimize(outer, impl="reference")
+    assert classes(outer) == before
+    lk.hf.restore(outer)  # was not optimised: nothing to undo, inside neither
+    assert classes(outer) == before
+    lk.hf.restore(inner)
+    lk.hf.optimize(outer, impl="reference")
+    before = classes(outer)
+    with pytest.raises(ValueError, match=r"^encoder: got layers that another model was optimised with, .* Call restore"):
+        lk.hf.optimize(inner, impl="reference")
+    assert classes(outer) == before
+    lk.hf.restore(outer)
+    assert classes(outer) == outer_classes
+
+
+def test_a_model_is_not_restored_around_one_that_was_optimised_by_itself():
+    outer, inner = made("siglip"), made("siglip", num_hidden_layers=1)
+    lk.hf.optimize(outer, impl="reference")
+    lk.hf.optimize(inner, impl="reference")
+    outer.teacher = inner
+    before = classes(outer)
+    with pytest.raises(RuntimeError, match=r"^encoder: got one that holds another optimised model, 'teacher'"):
+        lk.hf.restore(outer)
+    assert classes(outer) == before
+    lk.hf.restore(inner)
+    lk.hf.restore(outer)
+    assert not any(isinstance(module, fused.Fused) for module in outer.modules())

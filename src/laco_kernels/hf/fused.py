@@ -57,9 +57,9 @@ def launches_are_free() -> Iterator[None]:
         _launches.free = False
 
 
-def pays(x: torch.Tensor) -> bool:
-    """Return whether ``x`` is large enough for one pass instead of two or three to be worth a launch of ours."""
-    return torch.compiler.is_compiling() or getattr(_launches, "free", False) or x.numel() >= LEAST[torch.is_grad_enabled()]
+def pays(elements: int) -> bool:
+    """Return whether a tensor is large enough for one pass instead of two or three to be worth a launch of ours."""
+    return torch.compiler.is_compiling() or getattr(_launches, "free", False) or elements >= LEAST[torch.is_grad_enabled()]
 
 
 class Fused(nn.Module):
@@ -80,7 +80,7 @@ def implementation(module: Fused, op: str, x: torch.Tensor, form: str | None = N
         return None
     if module.impl is not None:
         return module.impl
-    if form in SMALL_GAINS and not pays(x):
+    if form in SMALL_GAINS and not pays(x.numel()):
         return None
     ways = ("forward", "backward") if torch.is_grad_enabled() else ("forward",)
     size = autocast_dtype(x), x.numel() // max(x.shape[-1], 1)
@@ -133,6 +133,23 @@ class FusedInternVLVisionRMSNorm(FusedRMSNorm, InternVLVisionRMSNorm):
 RMS_NORMS = (Aimv2RMSNorm, InternVLVisionRMSNorm, FusedAimv2RMSNorm, FusedInternVLVisionRMSNorm)
 
 
+class Waiting(threading.local):
+    """The one product of this thread of which layers have not fetched their share yet.
+
+    One, so that a layer that never comes, replaced or behind an error, costs no more than that, and until the next product.
+    """
+
+    # The input, what else must not change until the last share is fetched, and the shares by layer.
+    product: tuple[torch.Tensor | None, Any, dict[Any, torch.Tensor]]
+
+    def __init__(self) -> None:
+        self.product = NOTHING
+
+
+NOTHING: tuple[None, None, dict[Any, torch.Tensor]] = (None, None, {})
+_waiting = Waiting()
+
+
 class Pack:
     """Linear layers that are called one after the other on the same input, by code that does not know of each other.
 
@@ -145,13 +162,11 @@ class Pack:
         self._forget()
 
     def _forget(self) -> None:
-        # By thread: the input, what else must not change until the last share is fetched, and the shares by member.
-        self.waiting: dict[int, tuple[torch.Tensor, Any, dict[int, torch.Tensor]]] = {}
         self.weight: torch.Tensor | None = None  # the members' weights as one, while they lie there
         self.bias: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without what waits for a call, and without the memory that a copy's parameters leave."""
+        """Copy and pickle without the memory that a copy's parameters leave."""
         return {"members": self.members}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -194,21 +209,21 @@ class Pack:
 
     def share(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Return what ``member`` makes of ``x``, or ``None`` where it has to compute it by itself."""
-        thread = threading.get_ident()
         state = (torch.is_grad_enabled(), None if x.is_inference() else x._version)
-        given, before, shares = self.waiting.pop(thread, (None, None, {}))
-        if given is not x or before != state or id(member) not in shares:
+        given, before, shares = _waiting.product
+        _waiting.product = NOTHING
+        if given is not x or before != state or member not in shares:
             if all(member is not own for own in self.members):  # a copy of one
                 return None
-            y = self.product(x) if member.impl is not None or pays(x) else None
+            y = self.product(x) if member.impl is not None or pays(x.numel()) else None
             if y is None:
                 return None
             # Not views to autograd, so that a hook may change one in place.
             outputs = y.unsafe_split_with_sizes([own.out_features for own in self.members], -1)
-            shares = dict(zip(map(id, self.members), outputs, strict=True))
-        mine = shares.pop(id(member))
+            shares = dict(zip(self.members, outputs, strict=True))
+        mine = shares.pop(member)
         if shares:
-            self.waiting[thread] = x, state, shares
+            _waiting.product = x, state, shares
         return mine
 
 
@@ -310,28 +325,6 @@ class FusedSiglipMLP(Fused, SiglipMLP):
         return self.fc2(made.view(*hidden_states.shape[:-1], -1))
 
 
-# Elements. cuBLAS's fast kernels read 16 bytes at a time; 588 values a patch took 105 us on an H200, padded to 592 60 us.
-ALIGNMENT = 8
-
-
-class PatchProduct(Fused, nn.Conv2d):
-    """A patch embedding as one matrix product, whose result lies token by token: what the encoder flattens it to."""
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed images ``[B, 3, height, width]`` into ``[B, C, H, W]``, a view of ``[B, H * W, C]``."""
-        if not (pixels.is_cuda or self.impl) or pixels.dim() != 4:
-            return super().forward(pixels)
-        (down, across), (height, width) = self.kernel_size, pixels.shape[-2:]
-        grid = height // down, width // across
-        pixels = pixels[:, :, : grid[0] * down, : grid[1] * across]
-        patches = pixels.unflatten(3, (grid[1], across)).unflatten(2, (grid[0], down)).permute(0, 2, 4, 1, 3, 5)
-        patches, weight = patches.flatten(3).flatten(1, 2), self.weight.flatten(1)
-        if lacking := -weight.shape[1] % ALIGNMENT:
-            patches, weight = (nn.functional.pad(tensor, (0, lacking)) for tensor in (patches, weight))
-        tokens = nn.functional.linear(patches, weight, self.bias)
-        return tokens.transpose(1, 2).unflatten(2, grid)
-
-
 class FusedLayer(Fused):
     """Mixin for an encoder layer that takes residual sum, LayerScale and the second norm in one pass."""
 
@@ -343,6 +336,13 @@ class FusedLayer(Fused):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the layer on ``[B, tokens, C]``."""
+        try:
+            return self._run(hidden_states, *args, **kwargs)
+        finally:
+            if not torch.compiler.is_compiling():
+                _waiting.product = NOTHING  # the share of a layer that was replaced, or that an error kept from being called
+
+    def _run(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm1, norm2 = (getattr(self, name) for name in self.norms)
         is_layer = isinstance(norm2, nn.LayerNorm)
         kind = "layer" if is_layer else "rms"

@@ -46,12 +46,17 @@ class BlockOrderEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Embed images ``[B, 3, height, width]`` into ``[B, P + N, C]``."""
-        tokens = super().forward(pixel_values, *args, **kwargs)
         journey = self.journey if torch.compiler.is_compiling() else _current_journey.get()
         if journey is None:
             journey = begin_journey(self.config, *pixel_values.shape[-2:])
         order = journey.route.order
-        return tokens if order is None else order.to_block_order(tokens)
+        if order is None:
+            return super().forward(pixel_values, *args, **kwargs)
+        return self.in_block_order(order, pixel_values, *args, **kwargs)
+
+    def in_block_order(self, order: Cascade, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Embed images into tokens in this order; arguments and result are those of :meth:`forward`."""
+        return order.to_block_order(super().forward(pixel_values, *args, **kwargs))
 
 
 class MergingLayer(nn.Module):
