@@ -22,7 +22,6 @@ OPTIONS = {
     "qformer": {"num_queries": 5, "num_layers": 3, "hidden_dim": 16, "num_heads": 4},
     "c_abstractor": {"grid": (4, 6)},
 }
-KEEPS_WIDTH = {"mbtf"}
 # Those that look at attention have a call of their own, and tests of their own (test_training_free.py).
 ON_TOKENS = [name for name, kind in COMPRESSORS.items() if "before" not in kind.places and not kind.reads_attention]
 CASES = [(name, place) for name in ON_TOKENS for place in COMPRESSORS[name].places]
@@ -76,7 +75,7 @@ def test_shape_and_count_are_what_it_says(name, place, prefix_tokens):
             assert compressor(tokens(compressor, grid, batch=0), grid)[0].shape == (0, *y.shape[1:])
 
 
-@pytest.mark.parametrize("name", [name for name, place in CASES if place == "behind" and name not in KEEPS_WIDTH])
+@pytest.mark.parametrize("name", [name for name, place in CASES if place == "behind" and not COMPRESSORS[name].keeps_width])
 def test_it_reaches_the_width_of_the_llm_behind_an_encoder(name):
     compressor = build(name, out_dim=12, prefix_tokens=1)
     assert compressor.place == "behind"
@@ -277,7 +276,10 @@ def test_it_refuses_places_and_widths_that_do_not_go_together(name):
     for place in set(kind.places) - {"behind"}:
         with pytest.raises(ValueError, match=rf"out_dim: got 12, expected 8, the same as in_dim, {place} an encoder\."):
             build_compressor(name, in_dim=DIM, out_dim=12, place=place)
-    if "behind" in kind.places and "mean" in kind.residuals:
+    if kind.keeps_width:
+        with pytest.raises(ValueError, match=r"out_dim: got 12, expected 8, the same as in_dim, which it keeps"):
+            build_compressor(name, in_dim=DIM, out_dim=12, place="behind")
+    elif "behind" in kind.places and "mean" in kind.residuals:
         with pytest.raises(ValueError, match="out_dim: got 12, expected 8, the same as in_dim, with residual='mean'"):
             build_compressor(name, in_dim=DIM, out_dim=12, residual=True)
     if not kind.reduces:

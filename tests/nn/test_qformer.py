@@ -92,7 +92,7 @@ def test_precision_compilation_and_reset():
     ("options", "error", "message"),
     [
         ({"place": "inside"}, ValueError, "place: got 'inside', expected 'behind'"),
-        ({"residual": True}, ValueError, "residual: got True, expected one of 'none'"),
+        ({"residual": True}, ValueError, "residual: got True, expected False"),
         ({"num_queries": 0}, ValueError, "num_queries: got 0"),
         ({"num_heads": 5}, ValueError, "num_heads: got 5, expected a divisor of 12"),
         ({"num_layers": 1.0}, TypeError, r"num_layers: got 1\.0"),

@@ -10,12 +10,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.table import Table
 
 from laco_kernels.bench import report
 from laco_kernels.bench.prefill import llm_names
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from matplotlib.axes import Axes
+
     from laco_kernels.bench.compressors import CompressorResult, CompressorRow
 
 COLUMNS = ("compressor", "r", "where", "tokens", "params", "GFLOPs", "ms", "MiB", "ok")
@@ -112,30 +117,58 @@ def markdown(result: CompressorResult) -> str:
 
 def picture(result: CompressorResult, path: Path) -> None:
     """Draw what an image costs against the share of its tokens that is kept, as PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), dpi=160, layout="constrained")
-    patches = result.tokens_in
-    for axes, cost in (
-        (left, lambda row: row.ms.median),
-        (right, lambda row: row.encoder_gflops / result.batch / 1e3 + row.prefill_tflops[result.llm]),
-    ):
+    figure, panels = plt.subplots(1, 2, figsize=(11, 6), dpi=160, layout="constrained")
+    costs: tuple[tuple[str, Callable[[CompressorRow], float]], ...] = (
+        (f"the compressor alone, ms for a batch of {result.batch}", lambda row: row.ms.median),
+        ("encoder and compressor, GFLOPs an image", lambda row: row.encoder_gflops / result.batch),
+    )
+    shares = sorted({100 * row.tokens / result.tokens_in for row in result.rows})
+    for axes, (label, cost) in zip(panels, costs, strict=True):
+        ends = []
         for name in dict.fromkeys(row.name for row in result.rows):
             rows = sorted((row for row in result.rows if row.name == name), key=lambda row: row.tokens)
-            xs, ys = [100 * row.tokens / patches for row in rows], [cost(row) for row in rows]
-            axes.plot(xs, ys, color=COLORS[rows[0].place], marker="o", markersize=4, linewidth=1, alpha=0.8)
-            axes.annotate(name, (xs[-1], ys[-1]), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center")
-        axes.set_xscale("log")
-        axes.set_xlabel(f"tokens kept, % of {patches}")
+            points = [(100 * row.tokens / result.tokens_in, cost(row)) for row in rows]
+            axes.plot(*zip(*points, strict=True), color=COLORS[rows[0].place], marker="o", markersize=4, linewidth=1, alpha=0.8)
+            ends.append((*points[-1], name, COLORS[rows[0].place]))
+        axes.set(xscale="log", yscale="log", xlabel=f"tokens kept, % of {result.tokens_in}", ylabel=label)
+        axes.set_xticks(shares, [f"{share:.3g}" for share in shares], minor=False)
+        axes.set_xlim(shares[0] * 0.9, shares[-1] * 2.2)
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_yscale("log")
-    left.set_ylabel(f"the compressor alone, ms for a batch of {result.batch}")
-    right.set_yscale("log")
-    right.set_ylabel(f"encoder, compressor and {result.llm}'s prefill, TFLOPs an image")
+        _label_apart(axes, ends)
     handles = [plt.Line2D([], [], color=color, marker="o", label=place) for place, color in COLORS.items()]
-    left.legend(handles=handles, title="where it stands", frameon=False, fontsize=8, title_fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(f"{result.encoder}, {result.dtype}, {result.environment['device']}", fontsize=10)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _label_apart(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.034) -> None:
+    """Write a name beside each point, those at the same place apart from each other; ``gap`` is of the axes' height."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for x in {end[0] for end in ends}:
+        column = sorted((to_axes.transform((x, y))[1], y, name, color) for at, y, name, color in ends if at == x)
+        heights = [height for height, *_ in column]
+        for i in range(1, len(heights)):
+            heights[i] = max(heights[i], heights[i - 1] + gap)
+        heights.append(1.0 + gap)
+        for i in reversed(range(len(heights) - 1)):  # what would leave the picture comes down
+            heights[i] = min(heights[i], heights[i + 1] - gap)
+        place = to_axes.transform((x, 1))[0] + 0.05
+        for height, (_, y, name, color) in zip(heights, column, strict=False):
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(place, height),
+                textcoords="axes fraction",
+                fontsize=7,
+                va="center",
+                color=color,
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6, "relpos": (0, 0.5)},
+            )
 
 
 def write(result: CompressorResult, folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,27 +135,18 @@ def measure_compressors(
         states = encoder(pixels, output_hidden_states=True).hidden_states
     width = AutoConfig.from_pretrained(LLMS / llm).hidden_size
     stage = _Stage(encoder, pixels, states, layer, width)
-    cases: dict[str, _Case] = {}
+    chosen = names or list(COMPRESSORS)
     left_out: dict[str, str] = {}
-    for compressor in names or COMPRESSORS:
-        for ratio in ratios if COMPRESSORS[compressor].reduces else [1]:
-            key = f"{compressor} {ratio}"
-            try:
-                cases[key] = stage.case(compressor, ratio)
-            except (TypeError, ValueError) as error:
-                left_out[key] = str(error)
-    with torch.inference_mode():
-        facts = {}
-        for i, (key, case) in enumerate(cases.items()):
-            on_step(f"checking {case.name}", 0.3 * i / len(cases))
-            facts[key] = {**stage.count(case), **_judge(case, device)}
-        times = interleave(
-            {key: lambda _, case=case: case.run() for key, case in cases.items()},  # type: ignore[misc]
-            device,
-            rounds=rounds,
-            seconds=seconds,
-            warmup=3 if device.type == "cuda" else 1,
-            on_call=lambda done: on_step("timing", 0.3 + 0.7 * done),
+    rows: list[CompressorRow] = []
+    for i, ratio in enumerate(ratios):  # one after the other, as all weights may not fit into memory together
+        rows += _measure_ratio(
+            stage,
+            [name for name in chosen if COMPRESSORS[name].reduces or i == 0],
+            ratio,
+            left_out,
+            rounds,
+            seconds / len(ratios),
+            lambda what, part, i=i, ratio=ratio: on_step(f"ratio {ratio}: {what}", (i + part) / len(ratios)),  # type: ignore[misc]
         )
     return CompressorResult(
         encoder=name,
@@ -163,14 +155,46 @@ def measure_compressors(
         llm=llm,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        rounds=len(next(iter(times.values()))),
+        rounds=min((row.ms.rounds for row in rows), default=0),
         images=images,
         tokens_in=states[0].shape[1],
         weights=weights,
         left_out=left_out,
         environment=environment(device),
-        rows=[CompressorRow(ms=spread(times[key]), **row) for key, row in facts.items()],
+        rows=rows,
     )
+
+
+def _measure_ratio(
+    stage: _Stage,
+    names: Sequence[str],
+    ratio: int,
+    left_out: dict[str, str],
+    rounds: int | None,
+    seconds: float,
+    on_step: Callable[[str, float], None],
+) -> list[CompressorRow]:
+    """Measure these compressors with one ratio; note in ``left_out`` which cannot be, and why."""
+    device, cases = stage.pixels.device, []
+    for name in names:
+        try:
+            cases.append(stage.case(name, ratio))
+        except (TypeError, ValueError) as error:
+            left_out[f"{name} {ratio}"] = str(error)
+    with torch.inference_mode():
+        facts = []
+        for i, case in enumerate(cases):
+            on_step(f"checking {case.name}", 0.4 * i / len(cases))
+            facts.append({**stage.count(case), **_judge(case, device)})
+        times = interleave(
+            {case.name: lambda _, case=case: case.run() for case in cases},  # type: ignore[misc]
+            device,
+            rounds=rounds,
+            seconds=seconds,
+            warmup=3 if device.type == "cuda" else 1,
+            on_call=lambda part: on_step("timing", 0.4 + 0.6 * part),
+        )
+    return [CompressorRow(ms=spread(times[row["name"]]), **row) for row in facts]
 
 
 class _Stage:
@@ -190,12 +214,13 @@ class _Stage:
         kind, channels = COMPRESSORS[name], self.encoder.config.hidden_size
         place = kind.places[0]
         if place == BEFORE:
-            options: dict[str, Any] = {"in_dim": self.pixels.shape[1]}
-            module = build_compressor(name, **options, ratio=ratio)
+            module = build_compressor(name, in_dim=self.pixels.shape[1], ratio=ratio)
             return _Case(name, module.eval(), (self.pixels, self.grid), {})
-        options = {"in_dim": channels, "ratio": ratio, "place": place, "prefix_tokens": self.prefix, "pad": True}
+        options: dict[str, Any] = {"in_dim": channels, "place": place, "prefix_tokens": self.prefix, "pad": True}
         own = inspect.signature(kind).parameters
-        if place == BEHIND and not kind.reads_attention:
+        if kind.reduces:
+            options["ratio"] = ratio
+        if place == BEHIND and not kind.keeps_width:
             options["out_dim"] = self.llm_width
         if "num_queries" in own:  # a budget of its own, here that of the others
             options["num_queries"] = math.prod(-(-side // ratio) for side in self.grid)
@@ -203,8 +228,10 @@ class _Stage:
             options["grid"] = self.grid
         if "num_layers" in own:
             options["num_layers"] = self.encoder.config.num_hidden_layers
+        with torch.device("meta"):
+            self._check_memory(name, sum(p.numel() for p in build_compressor(name, **options).parameters()))
         with self.states[0].device:
-            module = build_compressor(name, **options).to(self.states[0].dtype).eval()
+            module = build_compressor(name, **options).to(self.states[0].dtype).eval().requires_grad_(False)
         x: Any = self.states[self.layer]
         if module.num_blocks > 1:
             numbers = module.blocks or sampled_blocks(self.encoder.config.num_hidden_layers, module.num_blocks)
@@ -216,6 +243,13 @@ class _Stage:
                 keys, query = layer.attended(self.states[self.layer - 1])
             features = {"keys": keys, "query": query}
         return _Case(name, module, (x, self.grid), features)
+
+    def _check_memory(self, name: str, parameters: int) -> None:
+        """Raise ValueError unless there is room for the weights, and once for those in float64."""
+        needed = parameters * (4 + self.states[0].element_size() + 8)
+        if needed > (free := _free_bytes(self.states[0].device)):
+            given = f"{name} with {parameters / 1e9:.1f} billion parameters, which takes {needed / 2**30:.0f} GiB here"
+            raise ValueError(complaint("ratio", given, f"what fits into {free / 2**30:.0f} GiB", "Use more memory"))
 
     def count(self, case: _Case) -> dict[str, Any]:
         """Count what comes out of a compressor, and what it computes, by itself and with the encoder."""
@@ -267,6 +301,13 @@ def _judge(case: _Case, device: torch.device) -> dict[str, Any]:
     budget = 2 * float((theirs - truth).norm() / scale) + torch.finfo(dtype).eps
     peak = peak_bytes(lambda: case.run(), device) / 2**20
     return {"error": error, "error_budget": budget, "correct": error <= budget, "peak_mib": peak}
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _double(value: Any) -> Any:

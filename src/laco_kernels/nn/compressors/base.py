@@ -50,6 +50,8 @@ class Compressor(nn.Module):
     reads_attention: ClassVar[bool] = False
     #: Whether fewer tokens come out. Where not, ``ratio`` is 1.
     reduces: ClassVar[bool] = True
+    #: Whether what comes out always has the width of what goes in.
+    keeps_width: ClassVar[bool] = False
     #: The kinds of residual it knows, the one that ``True`` means first.
     residuals: ClassVar[tuple[str, ...]] = ("mean", "none")
     #: How many encoder blocks it reads: ``forward`` takes a tensor for one, a list of them for more.
@@ -93,6 +95,9 @@ class Compressor(nn.Module):
         if self.out_dim != self.in_dim and self.place != "behind":
             remedy = "The layers behind it need the width they have; place a compressor that changes it behind the encoder"
             raise ValueError(complaint("out_dim", self.out_dim, f"{same_width}, {self.place} an encoder", remedy))
+        if self.out_dim != self.in_dim and self.keeps_width:
+            remedy = "Project to another width, that of the LLM, behind it"
+            raise ValueError(complaint("out_dim", self.out_dim, f"{same_width}, which it keeps", remedy))
         if self.out_dim != self.in_dim and self.residual != "none":
             expected = f"{same_width}, with residual={self.residual!r}"
             raise ValueError(complaint("out_dim", self.out_dim, expected, "Pass residual=False to change the width"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from laco_kernels.errors import complaint
 from laco_kernels.nn.compressors.base import Compressor
 from laco_kernels.nn.compressors.stf import Stf
 from laco_kernels.nn.multi_block_fusion import RELEASED_HIDDEN_STATES, MultiBlockTokenFusion, sampled_blocks
@@ -45,6 +44,7 @@ class Mbtf(Compressor):
 
     places = ("behind",)
     reduces = False
+    keeps_width = True
 
     def __init__(
         self,
@@ -58,9 +58,6 @@ class Mbtf(Compressor):
         **common: Any,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
-        if self.out_dim != self.in_dim:
-            remedy = "MBTF keeps the width; build 'mbtf+stf' to reach the width of the LLM"
-            raise ValueError(complaint("out_dim", self.out_dim, f"{self.in_dim}, the same as in_dim", remedy))
         self.fusion = MultiBlockTokenFusion(self.in_dim, num_blocks, variant)
         self.num_blocks = self.fusion.num_blocks
         self.blocks = blocks_of(variant, num_layers, self.num_blocks)

@@ -35,6 +35,7 @@ class AttentionCompressor(Compressor):
     places = ("inside", "behind")
     residuals = ("none",)
     reads_attention = True
+    keeps_width = True
     fits_any_grid = True
     #: Whether it counts how many patches each token stands for (``merge_all``).
     counts_patches: ClassVar[bool] = False
@@ -45,9 +46,6 @@ class AttentionCompressor(Compressor):
         self, in_dim: int, out_dim: int | None = None, ratio: int = 2, *, num_tokens: int | None = None, **common: Any
     ) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
-        if self.out_dim != self.in_dim:
-            remedy = "Project to the LLM's width behind it"
-            raise ValueError(complaint("out_dim", self.out_dim, f"{self.in_dim}, the same as in_dim", remedy))
         self.num_tokens = None if num_tokens is None else integer("num_tokens", num_tokens, 1)
 
     def budget(self, num_patches: int) -> int:
