@@ -248,9 +248,8 @@ def test_bench_compressors(encoder, tmp_path):
     out = tmp_path / "results"
     done = laco("bench", "compressors", "--encoder", encoder, "--rounds", 1, "--only", "laco,tome,mlp2x_gelu", "--out", out)
     assert done.exit_code == 0, done.output
-    assert "tokens behind layer 1, batch 1, float32, checkpoint weights, 1 photo, 36 tokens in" in done.stdout.replace(
-        "\n", " "
-    )
+    words = " ".join(done.stdout.split())
+    assert "tokens behind layer 1, batch 1, float32, checkpoint weights, 1 photo, 36 tokens in" in words
     assert [line.split()[:4] for line in done.stdout.splitlines() if line.startswith("mlp2x_gelu")] == [
         ["mlp2x_gelu", "1", "behind", "36"],
         ["mlp2x_gelu", "1", "36", "0"],

@@ -267,3 +267,8 @@ def test_flash_attention_takes_no_bias(family):
     state = torch.randn(1, 8, 32, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"attn_implementation: got 'flash_attention_2'.*proportional=False"):
         layer.forward(state, journey=None, sizes=torch.ones(1, 8))
+
+
+def test_positions_of_a_compressor_are_those_of_the_grid_that_comes_to_it():
+    model = lk.hf.compress(stock("siglip", 8), compressor="c_abstractor", layers=[1, 2])
+    assert [merge.grid for merge in model.merges] == [(8, 8), (4, 4)]
