@@ -250,9 +250,9 @@ def test_bench_compressors(encoder, tmp_path):
     assert done.exit_code == 0, done.output
     words = " ".join(done.stdout.split())
     assert "tokens behind layer 1, batch 1, float32, checkpoint weights, 1 photo, 36 tokens in" in words
-    assert [line.split()[:4] for line in done.stdout.splitlines() if line.startswith("mlp2x_gelu")] == [
-        ["mlp2x_gelu", "1", "behind", "36"],
-        ["mlp2x_gelu", "1", "36", "0"],
+    assert [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("laco ")] == [
+        ["laco", "2", "in+"],
+        ["laco", "2", "9"],
     ]
     assert sorted(path.suffix for path in out.iterdir()) == [".json", ".md", ".png"]
     printed = laco("bench", "compressors", "--encoder", encoder, "--rounds", 1, "--only", "laco", "--ratio", "2,3", "--json")
