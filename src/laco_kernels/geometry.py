@@ -32,7 +32,10 @@ def integer(name: str, value: object, minimum: int) -> int:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise TypeError(complaint(name, repr(value), expected, f"Pass {name} as an int"))
-        value = operator.index(value)
+        try:
+            value = operator.index(value)
+        except TypeError:  # a tensor of several numbers
+            raise TypeError(complaint(name, repr(value), expected, f"Pass {name} as an int")) from None
     if value < minimum:
         raise ValueError(complaint(name, value, expected, f"Choose a {name} of {minimum} or more"))
     return value  # type: ignore[return-value]

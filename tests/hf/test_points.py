@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,23 @@ def test_several_points(family, side, ratios):
     for one, other in zip(
         model(images, output_attentions=True).attentions, raster(images, output_attentions=True).attentions, strict=True
     ):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize(("family", "name"), [(FAMILIES[i % 4], name) for i, name in enumerate(WINDOWED)])
+@pytest.mark.parametrize(("grid", "ratios"), [((8, 8), [2, 2]), ((4, 12), [2, 2]), ((12, 6), [3, 2]), ((16, 8), [2, 2, 2])])
+def test_block_order_equals_raster_order_at_several_points(family, name, grid, ratios):
+    changes = {"is_native": True} if family == "aimv2" else {}
+    options = {"interpolate_pos_encoding": True} if family in ("siglip", "clip") else {}
+    encoder, layers = stock(family, 8, **changes), [1, 2, 3][: len(ratios)]
+    block = compressed(encoder, compressor=name, layers=layers, ratio=ratios)
+    raster = lk.hf.compress(encoder, compressor=name, layers=layers, ratio=ratios, layout="raster")
+    raster.load_state_dict(block.state_dict())
+    images = torch.randn(2, 3, grid[0] * 14, grid[1] * 14, dtype=torch.float64)
+    with torch.no_grad():
+        outputs = [model(images, output_hidden_states=True, **options) for model in (block, raster)]
+    torch.testing.assert_close(outputs[0].last_hidden_state, outputs[1].last_hidden_state, **EXACT)
+    for one, other in zip(outputs[0].hidden_states, outputs[1].hidden_states, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
 
 
@@ -240,6 +258,14 @@ REFUSALS = [
     ({"compressor": "lacoo"}, ValueError, "compressor: got 'lacoo', expected one of .*Did you mean 'laco'"),
     ({"compressor": "tome", "num_tokens": 17}, ValueError, "num_tokens: got 17, expected at most 16"),
     ({"compressor": "tome", "layers": [1, 2], "num_tokens": 16, "residual": True}, ValueError, "residual: got True"),
+    ({"compressor": "tome", "num_tokens": 16}, ValueError, "num_tokens: got 16, expected fewer than the 16 tokens .* layer 1"),
+    ({"compressor": "tome", "layers": [1, 3], "num_tokens": 5}, ValueError, "fewer than the 5 tokens that come to layer 3"),
+    ({"compressor": "tome", "layers": [1, 3], "num_tokens": [5]}, ValueError, "num_tokens: got 1 of them, expected one for"),
+    ({"compressor": "visionzip", "contextual": 3, "layers": [1, 3]}, ValueError, "contextual: got 3, expected at most 1"),
+    ({"compressor": "vila", "eps": "x"}, TypeError, "eps: got 'x', expected a number above zero"),
+    ({"compressor": "gemma3", "eps": -5.0}, ValueError, r"eps: got -5\.0, expected a number above zero"),
+    ({"compressor": "c_abstractor", "grid": (4, 4)}, TypeError, r"grid: got \[4, 4\], expected no value, since the encoder"),
+    ({"ratio": torch.tensor([2, 2])}, TypeError, "ratio: got tensor"),
 ]
 
 
@@ -258,15 +284,40 @@ def test_what_may_not_stand_inside(name):
 
 
 @every_family
-def test_flash_attention_takes_no_bias(family):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_in_proportion_needs_a_bias(family, attention):
     model = lk.hf.compress(stock(family), compressor="tome", layer=1)
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "flash_attention_2"
-    layer = model.encoder.layer[1] if family == "internvl" else model.encoder.layers[1]
-    state = torch.randn(1, 8, 32, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"attn_implementation: got 'flash_attention_2'.*proportional=False"):
-        layer.forward(state, journey=None, sizes=torch.ones(1, 8))
+    model.config._attn_implementation = attention
+    with pytest.raises(RuntimeError, match=rf"attn_implementation: got '{attention}'.*expected one of 'sdpa', 'eager'"):
+        model(pixels())
+    config = lk.hf.compress(stock(family), compressor="tome", layer=1, proportional=False).config
+    config._attn_implementation = "eager"
+    type(model)(config)
+
+
+def test_scores_by_a_class_token_that_is_not_there():
+    with pytest.raises(ValueError, match="scores: got 'cls', expected 'auto' or 'key_norm'"):
+        lk.hf.compress(stock("siglip"), compressor="visionzip", scores="cls")
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    eps, flag, layers = np.float32(1e-5), np.bool_(True), [np.int64(1), np.int64(3)]
+    model = lk.hf.compress(stock("clip"), compressor="vila", eps=eps, residual=flag, layers=layers)
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.compression["options"] == {"eps": float(eps), "residual": True}
+    tome = lk.hf.compress(stock("clip"), compressor="tome", num_tokens=[np.int64(8), 5], layers=[1, 3])
+    tome.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path)(pixels()).last_hidden_state.shape == (2, 6, 32)
+
+
+@every_family
+@pytest.mark.parametrize("name", ["tome", "visionzip", "prumerge_plus"])
+def test_half_precision_does_not_overflow(family, name):
+    encoder = stock(family, 16, torch.float16, hidden_size=256, intermediate_size=64)
+    model = lk.hf.compress(encoder, compressor=name, layer=2, ratio=4)
+    with torch.no_grad():
+        assert encoder(pixels(16, dtype=torch.float16)).last_hidden_state.isfinite().all()
+        assert model(pixels(16, dtype=torch.float16)).last_hidden_state.isfinite().all()
 
 
 def test_positions_of_a_compressor_are_those_of_the_grid_that_comes_to_it():

@@ -178,3 +178,35 @@ def test_refusals_at_a_call():
         module(x, (4, 4), keys=keys, query=query[:, 0])
     with pytest.raises(ValueError, match="x: got 17 tokens, expected 26"):
         module(x, (5, 5), keys=keys, query=query)
+
+
+@pytest.mark.parametrize("name", ["tome", "visionzip", "prumerge_plus"])
+@pytest.mark.parametrize("how", ["float16", "bfloat16", "autocast"])
+def test_sums_of_many_large_tokens_stay_means(name, how):
+    dtype = torch.float32 if how == "autocast" else getattr(torch, how)
+    x = torch.full((1, 900, 8), 150.0) + torch.randn(1, 900, 8)
+    keys = torch.randn(1, 900, 4, 16) * 3
+    options = {"tome": {}, "visionzip": {"contextual": 1}, "prumerge_plus": {"neighbours": 99}}[name]
+    module = lk.nn.build_compressor(name, in_dim=8, num_tokens=2, **options)
+    exact, _ = module(x.to(dtype).double(), None, keys=keys.to(dtype).double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        y, _ = module(x.to(dtype), None, keys=keys.to(dtype))
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-4).all()
+
+
+def test_sizes_are_counted_exactly_in_any_precision():
+    x, keys = torch.randn(2, 1024, 8, dtype=torch.bfloat16), torch.randn(2, 1024, 2, 4, dtype=torch.bfloat16)
+    module = lk.nn.build_compressor("tome", in_dim=8, num_tokens=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, sizes = module.merge_all(x, keys)
+    assert sizes.sum(1).tolist() == [1024, 1024]
+    with pytest.raises(ValueError, match=r"sizes: got \[2, 9\], expected \[2, 1024\], one number a token"):
+        module.merge_all(x, keys, torch.ones(2, 9))
+
+
+def test_tokens_without_any_score_stay_themselves():
+    x = torch.randn(1, 16, 8)
+    module = lk.nn.build_compressor("prumerge_plus", in_dim=8, scores="key_norm")
+    y, _ = module(x, (4, 4), keys=torch.zeros(1, 16, 2, 4))
+    assert all((x[0] == token).all(1).any() for token in y[0])

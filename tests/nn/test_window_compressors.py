@@ -107,15 +107,16 @@ def test_pixel_shuffle_is_internvls(ps_version, grid, ratio):
 
 def test_the_transposed_pixel_shuffle_says_so_and_transposes_its_residual():
     plain, transposed = (
-        lk.nn.build_compressor("pixel_shuffle", in_dim=C, ps_version=version, residual=True, place="inside", prefix_tokens=1)
+        lk.nn.build_compressor("pixel_shuffle", in_dim=C, ps_version=version, residual=True, prefix_tokens=1)
         for version in ("v2", "v1")
     )
     transposed.load_state_dict(plain.state_dict())
     x = torch.randn(2, 25, C)
     (y, grid), (z, turned) = plain(x, (4, 6)), transposed(x, (4, 6))
     assert (grid, turned) == ((2, 3), (3, 2))
-    torch.testing.assert_close(z[:, 1:].unflatten(1, turned), y[:, 1:].unflatten(1, grid).transpose(1, 2))
-    assert torch.equal(z[:, :1], x[:, :1])
+    torch.testing.assert_close(z.unflatten(1, turned), y.unflatten(1, grid).transpose(1, 2))
+    with pytest.raises(ValueError, match="ps_version: got 'v1', expected 'v2', inside an encoder"):
+        lk.nn.build_compressor("pixel_shuffle", in_dim=C, ps_version="v1", place="inside")
 
 
 PATCH_MERGERS = {

@@ -166,8 +166,14 @@ def _ratios(ratio: Any, layers: Sequence[int] | None) -> int | list[int]:
 
 
 def _plain(option: Any) -> Any:
-    """Return an integer of NumPy's, say, as JSON can hold it."""
-    return int(option) if hasattr(option, "__index__") and not isinstance(option, bool) else option
+    """Return a number of NumPy's, say, as JSON can hold it."""
+    if isinstance(option, (list, tuple)):
+        return [_plain(part) for part in option]
+    if type(option).__name__ in ("bool_", "bool"):
+        return bool(option)
+    if hasattr(option, "__index__"):
+        return int(option)
+    return float(option) if isinstance(option, Real) else option
 
 
 def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str | None]:

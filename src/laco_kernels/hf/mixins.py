@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from laco_kernels.nn import Compressor
 
+BIASED = ("sdpa", "eager")  # implementations of attention that take a bias [B, 1, 1, tokens]
+
 # The images that this thread is encoding, from the model down to its embeddings and merging layers.
 _current_journey: ContextVar[Journey | None] = ContextVar("current_journey", default=None)
 
@@ -104,10 +106,6 @@ class MergingLayer(nn.Module):
         if sizes is None or not self.in_proportion:
             states = super().forward(hidden_states, *args, **kwargs)
         else:
-            if "flash" in (self.config._attn_implementation or ""):
-                given = f"{self.config._attn_implementation!r} behind tokens of different sizes"
-                remedy = "Compress with proportional=False, or call set_attn_implementation('sdpa')"
-                raise RuntimeError(complaint("attn_implementation", given, "one that takes a bias", remedy))
             bias = sizes.log().to(hidden_states.dtype)[:, None, None, :]
             states = self.attend_with_bias(bias, hidden_states, *args, **kwargs)
         if self.merge is None:
@@ -169,6 +167,15 @@ class CompressedEncoder(PreTrainedModel):
                 merge = merges[point] if i in numbers else None
                 layers[i] = self.layer_class(config, merge, point, in_proportion=in_proportion)
         self.post_init()
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        """Raise RuntimeError where layers attend in proportion, for which attention has to take a bias for every key."""
+        biased = any(isinstance(layer, MergingLayer) and layer.in_proportion for layer in self.get_submodule(self.layers_path))
+        if biased and self.config._attn_implementation not in BIASED:
+            given = f"{self.config._attn_implementation!r} behind tokens of different sizes"
+            remedy = "Compress with proportional=False, or call set_attn_implementation('sdpa')"
+            raise RuntimeError(complaint("attn_implementation", given, f"one of {', '.join(map(repr, BIASED))}", remedy))
 
     @property
     def merging_layers(self) -> list[MergingLayer]:
@@ -194,6 +201,7 @@ class CompressedEncoder(PreTrainedModel):
         self, pixel_values: torch.Tensor, *args: Any, return_dict: bool | None = None, **kwargs: Any
     ) -> ModelOutput | tuple[Any, ...]:
         """Encode images ``[B, 3, height, width]``; arguments and outputs are the stock model's."""
+        self._check_bias()
         journey = Journey(route_of(self.config, self.merges, *pixel_values.shape[-2:]))
         # InternVL's encoder hands no keyword arguments on to its layers, so the journey travels beside the call: where layers
         # are compiled as an attribute, which is guarded on, and else in this thread's context.

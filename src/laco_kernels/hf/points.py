@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,7 +39,7 @@ class CompressionConfig:
     _attn_implementation: str | None
 
 
-FIXED_OPTIONS = ("in_dim", "out_dim", "ratio", "place", "prefix_tokens", "pad")
+FIXED_OPTIONS = ("in_dim", "out_dim", "ratio", "place", "prefix_tokens", "pad", "grid")
 
 
 def points_of(config: Any) -> list[tuple[int, int]]:
@@ -99,16 +100,33 @@ def build_merges(config: Any, device: torch.device | str | None = None) -> list[
         inside = ", ".join(name for name, other in COMPRESSORS.items() if "inside" in other.places)
         remedy = f"It stands {' or '.join(kind.places)} an encoder: lk.nn.build_compressor({name!r}, ...)"
         raise ValueError(complaint("compressor", repr(name), f"one that may stand inside: {inside}", remedy))
-    common = {"in_dim": config.hidden_size, "place": "inside", "prefix_tokens": config.prefix_tokens, "pad": True}
-    grid: Grid | None = _grid_of(config, *sides(config.image_size))
-    merges = []
+    common = {"in_dim": config.hidden_size, "place": "inside", "prefix_tokens": config.prefix_tokens, "pad": True, **options}
+    first = _grid_of(config, *sides(config.image_size))
+    grid: Grid | None = first
+    count = math.prod(first)
+    merges: list[Compressor] = []
     with contextlib.nullcontext() if device is None else torch.device(device):
-        for _, ratio in points:
-            # Positions of its own are those of the grid that comes to this point.
-            own = {"grid": grid} if "grid" in inspect.signature(kind).parameters else {}
-            merges.append(build_compressor(name, **common, ratio=ratio, **{**own, **options}))
-            grid = merges[-1].out_grid(grid) if grid is not None else None
+        for i, (layer, ratio) in enumerate(points):
+            own: dict[str, Any] = {"ratio": ratio}
+            if "grid" in inspect.signature(kind).parameters:  # positions of its own are those of the grid that comes to it
+                own["grid"] = grid
+            if isinstance(options.get("num_tokens"), (list, tuple)):
+                own["num_tokens"] = _entry("num_tokens", options["num_tokens"], i, len(points))
+            merge: Any = build_compressor(name, **{**common, **own})
+            left = merge.budget(count) if merge.reads_attention else merge.num_output_patches(grid)
+            if left >= count > 1:
+                expected = f"fewer than the {count} tokens that come to layer {layer}"
+                raise ValueError(complaint("num_tokens", left, expected, "Pass a list, smaller for each point"))
+            grid, count = merge.out_grid(grid) if grid is not None else None, left
+            merges.append(merge)
     return merges
+
+
+def _entry(name: str, values: Sequence[Any], i: int, count: int) -> Any:
+    if len(values) != count:
+        expected = f"one for each of the {count} layers"
+        raise ValueError(complaint(name, f"{len(values)} of them", expected, "Pass one number for all, or as many as layers"))
+    return values[i]
 
 
 @dataclass(frozen=True)
@@ -153,11 +171,11 @@ def route_of(config: CompressionConfig, merges: Sequence[Compressor], height: in
     for merge in merges:
         grids.append(grid)
         if grid is not None:
-            ordered = ordered and merge.reads_blocks
+            windows = Windows(grid, merge.ratio, config.prefix_tokens, pad=True)
+            ordered = ordered and merge.reads_blocks and windows.is_even
             if ordered:
-                windows = Windows(grid, merge.ratio, config.prefix_tokens, pad=True)
-                ordered = windows.is_even
-                stages += [windows] * ordered
+                stages.append(windows)
+            ordered = ordered and merge.is_windowwise  # else windows have to come in raster order
             grid = merge.out_grid(grid)
     return Route(tuple(grids), Cascade(tuple(stages)) if stages else None)
 

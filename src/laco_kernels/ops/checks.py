@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +33,16 @@ def check_layout(layout: str, windows: Windows) -> None:
     if layout == "block" and not windows.is_even:
         given = f"'block' with a grid of {windows.grid[0]} x {windows.grid[1]}"
         raise ValueError(complaint("layout", given, f"'raster' unless {windows.ratio} divides both sides", "Keep raster order"))
+
+
+def check_positive(name: str, value: object) -> float:
+    """Return ``value`` as a float; raise unless it is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(complaint(name, repr(value), "a number above zero", f"Pass {name} as a float"))
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(complaint(name, value, "a number above zero", f"Leave {name} out for its default"))
+    return number
 
 
 def check_tensor(name: str, tensor: object) -> None:

@@ -44,6 +44,8 @@ class Compressor(nn.Module):
     places: ClassVar[tuple[str, ...]]
     #: Whether it can read tokens that lie window by window (``layout="block"``), where a window is a view.
     reads_blocks: ClassVar[bool] = False
+    #: Whether each window gives a token by itself, in the order in which windows come: of a block layout, too.
+    is_windowwise: ClassVar[bool] = True
     #: Whether it moves grids that ``ratio`` does not divide on to ``ceil`` by itself, without ``pad``.
     fits_any_grid: ClassVar[bool] = False
     #: Whether it looks at the queries and keys of the encoder layer in front of it.

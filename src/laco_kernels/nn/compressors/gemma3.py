@@ -10,6 +10,7 @@ from torch import nn
 
 from laco_kernels import reference
 from laco_kernels.nn.compressors.base import Compressor
+from laco_kernels.ops import checks
 
 
 class GemmaRMSNorm(nn.Module):
@@ -55,7 +56,7 @@ class Gemma3(Compressor):
 
     def __init__(self, in_dim: int, out_dim: int | None = None, ratio: int = 2, *, eps: float = 1e-6, **common: Any) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
-        self.norm = GemmaRMSNorm(self.in_dim, eps)
+        self.norm = GemmaRMSNorm(self.in_dim, checks.check_positive("eps", eps))
         self.linear = nn.Linear(self.in_dim, self.out_dim, bias=False)
 
     def compress(self, patches: torch.Tensor, grid: tuple[int, int], layout: str) -> torch.Tensor:

@@ -26,6 +26,7 @@ class LDPv2(Compressor):
 
     places = ("behind", "inside")
     reads_blocks = True
+    is_windowwise = False  # the convolution is over the pooled grid
     fits_any_grid = True
 
     def __init__(self, in_dim: int, out_dim: int | None = None, ratio: int = 2, **common: Any):

@@ -52,7 +52,7 @@ class PatchMerger(Compressor):
             raise TypeError(complaint("norm_after", repr(norm_after), "True or False", remedy))
         self.norm_after = norm_after
         merged_dim = self.ratio**2 * self.in_dim
-        self.norm = NORMS[norm](merged_dim if norm_after else self.in_dim, eps=eps)
+        self.norm = NORMS[norm](merged_dim if norm_after else self.in_dim, eps=checks.check_positive("eps", eps))
         self.linear1 = nn.Linear(merged_dim, merged_dim)
         self.linear2 = nn.Linear(merged_dim, self.out_dim)
 

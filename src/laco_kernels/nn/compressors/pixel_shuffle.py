@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from laco_kernels import reference
+from laco_kernels.errors import complaint
 from laco_kernels.nn.children import merged_mlp
 from laco_kernels.nn.compressors.base import Compressor
 from laco_kernels.ops import checks
@@ -28,7 +29,7 @@ class PixelShuffle(Compressor):
         in_dim, out_dim, ratio, place, prefix_tokens, residual, pad: those of :class:`Compressor`.
         ps_version: ``"v2"`` returns the windows in raster order. ``"v1"`` returns them column by column, the transposed
             coarse grid of InternVL's first models, whose configurations still name it; the grid that is returned with
-            them is ``(W / r, H / r)`` accordingly.
+            them is ``(W / r, H / r)`` accordingly. Behind an encoder only: inside it tokens keep raster order.
         eps: that of the norm.
     """
 
@@ -47,9 +48,12 @@ class PixelShuffle(Compressor):
     ) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
         checks.check_choice("ps_version", ps_version, VERSIONS)
+        if ps_version == "v1" and self.place == "inside":
+            remedy = "Transposed tokens do not go on through an encoder; pass place='behind'"
+            raise ValueError(complaint("ps_version", "'v1'", "'v2', inside an encoder", remedy))
         self.ps_version = ps_version
         merged_dim = self.ratio**2 * self.in_dim
-        self.norm = nn.LayerNorm(merged_dim, eps=eps)
+        self.norm = nn.LayerNorm(merged_dim, eps=checks.check_positive("eps", eps))
         self.linear1 = nn.Linear(merged_dim, self.out_dim)
         self.linear2 = nn.Linear(self.out_dim, self.out_dim)
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from laco_kernels.geometry import integer
-from laco_kernels.nn.compressors.training_free import SCORES, AttentionCompressor, others, rows, score_tokens, similarities
-from laco_kernels.ops import checks
+from laco_kernels.nn.compressors.training_free import AttentionCompressor, others, rows, score_tokens, similarities
 
 
 class PruMergePlus(AttentionCompressor):
@@ -17,7 +16,8 @@ class PruMergePlus(AttentionCompressor):
     Half of the budget goes to the tokens with the largest scores, the rest to evenly spaced ones of the others. Each kept token
     becomes the mean, weighted by scores, of itself and of the ``neighbours`` pruned tokens whose keys, averaged over heads,
     are nearest to its own by cosine. Tokens stay in raster order. The authors' number of tokens differs from image to image, by
-    outliers among the scores; here it is the same for all, so that images form a batch.
+    outliers among the scores; here it is the same for all, so that images form a batch. They also compare keys of all heads
+    side by side, and add the pruned tokens to the kept one instead of averaging, which changes its scale.
 
     Args:
         in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
@@ -39,8 +39,7 @@ class PruMergePlus(AttentionCompressor):
         **common: Any,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
-        checks.check_choice("scores", scores, SCORES)
-        self.scores = scores
+        self.scores = self.read_scores(scores)
         self.neighbours = integer("neighbours", neighbours, 0)
 
     def select(self, patches: torch.Tensor, keys: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
@@ -60,4 +59,6 @@ class PruMergePlus(AttentionCompressor):
         nearest = alike.topk(min(self.neighbours, count - budget), dim=2).indices
         weights = torch.zeros_like(alike).scatter(2, nearest, 1.0) * rows(scores, pruned).unsqueeze(1)
         own = rows(scores, kept).unsqueeze(2)
-        return (own * rows(patches, kept) + weights @ rows(patches, pruned)) / (own + weights.sum(2, keepdim=True))
+        total = own + weights.sum(2, keepdim=True)
+        own, total = torch.where(total == 0, 1, own), torch.where(total == 0, 1, total)  # without any score a token stays
+        return own / total * rows(patches, kept) + weights / total @ rows(patches, pruned)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from laco_kernels.errors import complaint
-from laco_kernels.nn.compressors.training_free import AttentionCompressor, rows, similarities
+from laco_kernels.nn.compressors.training_free import AttentionCompressor, full_precision, rows, similarities, wide
 
 
 class Tome(AttentionCompressor):
@@ -16,7 +16,8 @@ class Tome(AttentionCompressor):
     Tokens at even and at odd places form two sets. Each even one finds the odd one whose key, averaged over heads, has the
     largest cosine to its own; the pairs most alike are merged into means weighted by how many patches a token stands for.
     That at most halves the tokens, so a quarter takes two rounds. Inside an encoder the layers behind it attend in proportion:
-    ``log(size)`` is added to the attention logits of a token that stands for ``size`` patches, as the bias of SDPA.
+    ``log(size)`` is added to the attention logits of a token that stands for ``size`` patches, as the bias of SDPA. (A pooling
+    head behind the encoder does not.) The authors merge between a layer's attention and its MLP; here it is behind the layer.
 
     Args:
         in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
@@ -44,16 +45,21 @@ class Tome(AttentionCompressor):
 
         Returns:
             ``[B, P + N', C]``, patches in the order of those that others were merged into, and how many patches each token
-            stands for, ``[B, P + N']``, in ``x``'s dtype; prefix tokens pass through.
+            stands for, ``[B, P + N']``, in float32 at least; prefix tokens pass through.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`.
         """
         self.check_attention(x, None, keys, None, "raster")
-        sizes = x.new_ones(x.shape[:2]) if sizes is None else sizes
+        if sizes is None:
+            sizes = wide(x).new_ones(x.shape[:2])
+        elif sizes.shape != x.shape[:2]:
+            expected = f"{list(x.shape[:2])}, one number a token"
+            raise ValueError(complaint("sizes", list(sizes.shape), expected, "Pass those that came with these tokens"))
         prefix = self.prefix_tokens
-        patches, merged = self._merge(x[:, prefix:], keys[:, prefix:], sizes[:, prefix:])
-        return torch.cat([x[:, :prefix], patches], 1), torch.cat([sizes[:, :prefix], merged], 1)
+        with full_precision(x):
+            patches, merged = self._merge(wide(x[:, prefix:]), wide(keys[:, prefix:]), sizes[:, prefix:])
+        return torch.cat([x[:, :prefix], patches.to(x.dtype)], 1), torch.cat([sizes[:, :prefix], merged], 1)
 
     def _merge(self, patches: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         budget, metric = self.budget(patches.shape[1]), keys.mean(2)
@@ -72,16 +78,17 @@ def _merge_pairs(
     merged, kept = order[:, : min(surplus, count // 2)], order[:, min(surplus, count // 2) :]
     # A product with zeros and ones, as adding up at an index in parallel has no fixed order.
     joins = torch.nn.functional.one_hot(rows(partner, merged), count // 2).to(patches.dtype).transpose(1, 2)  # [B, N / 2, n]
+    gone = rows(sizes[:, ::2], merged)
+    total = sizes[:, 1::2] + (joins @ gone.unsqueeze(2))[..., 0]
+    new_sizes = torch.cat([rows(sizes[:, ::2], kept), total], 1)
+    joins = joins * gone.unsqueeze(1) / total.unsqueeze(2)  # weights that sum to less than one, so that nothing overflows
+    stays = (sizes[:, 1::2] / total).unsqueeze(2)
 
     def join(values: torch.Tensor) -> torch.Tensor:
-        weighted = values * sizes.unsqueeze(2)
-        total = weighted[:, 1::2] + joins @ rows(weighted[:, ::2], merged)
-        return torch.cat([rows(weighted[:, ::2], kept), total], 1)
+        means = stays * values[:, 1::2] + joins @ rows(values[:, ::2], merged)
+        return torch.cat([rows(values[:, ::2], kept), means], 1)
 
-    new_sizes = torch.cat(
-        [rows(sizes[:, ::2], kept), sizes[:, 1::2] + (joins @ rows(sizes[:, ::2], merged).unsqueeze(2))[..., 0]], 1
-    )
     odd = torch.arange(1, count, 2, device=kept.device).expand(len(kept), -1)
     places = torch.cat([kept * 2, odd], 1).argsort(1)
-    patches, metric = (rows(join(values) / new_sizes.unsqueeze(2), places) for values in (patches, metric))
+    patches, metric = (rows(join(values), places) for values in (patches, metric))
     return patches, metric, rows(new_sizes, places)

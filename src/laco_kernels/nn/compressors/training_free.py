@@ -6,6 +6,7 @@ query. So SDPA and flash attention stay on in every layer.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from laco_kernels.ops import checks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
 SCORES = ("auto", "cls", "key_norm")
 
@@ -41,12 +43,23 @@ class AttentionCompressor(Compressor):
     counts_patches: ClassVar[bool] = False
     #: Whether the layers behind it are to attend in proportion to that.
     in_proportion: bool = False
+    #: Whether it needs the class token's query.
+    reads_query: bool = False
 
     def __init__(
         self, in_dim: int, out_dim: int | None = None, ratio: int = 2, *, num_tokens: int | None = None, **common: Any
     ) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
         self.num_tokens = None if num_tokens is None else integer("num_tokens", num_tokens, 1)
+
+    def read_scores(self, scores: str) -> str:
+        """Return by what tokens are scored, one of ``SCORES``, if there can be such scores here."""
+        checks.check_choice("scores", scores, SCORES)
+        self.reads_query = scores == "cls"
+        if self.reads_query and self.place == "inside" and self.prefix_tokens == 0:
+            remedy = "This encoder has no class token; pass scores='key_norm'"
+            raise ValueError(complaint("scores", repr(scores), "'auto' or 'key_norm'", remedy))
+        return scores
 
     def budget(self, num_patches: int) -> int:
         """Return how many of ``num_patches`` tokens come out; ValueError where the budget asks for more than there are."""
@@ -93,7 +106,9 @@ class AttentionCompressor(Compressor):
         """
         self.check_attention(x, grid, keys, query, layout)
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-        y = self.select(patches, keys[:, self.prefix_tokens :], query)
+        with full_precision(x):
+            y = self.select(wide(patches), wide(keys[:, self.prefix_tokens :]), None if query is None else wide(query))
+        y = y.to(x.dtype)
         return (torch.cat([prefix, y], dim=1) if self.place == "inside" and self.prefix_tokens else y), None
 
     def select(self, patches: torch.Tensor, keys: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
@@ -112,6 +127,9 @@ class AttentionCompressor(Compressor):
             expected = f"[{x.shape[0]}, {x.shape[1]}, heads, head_dim]"
             remedy = "Pass the key projection of the layer's input, cut into heads"
             raise ValueError(complaint("keys", list(keys.shape), expected, remedy))
+        if self.reads_query and query is None:
+            remedy = "Pass scores='key_norm' for an encoder without a class token"
+            raise ValueError(complaint("query", None, "the class token's query, for scores='cls'", remedy))
         if query is not None:
             checks.check_tensor("query", query)
             if query.shape != (keys.shape[0], *keys.shape[2:]):
@@ -120,19 +138,29 @@ class AttentionCompressor(Compressor):
         self.budget(patches)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return it in float32 at least: sums of hundreds of tokens overflow in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def full_precision(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast lowers nothing, as what is averaged is the encoder's own stream."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def score_tokens(keys: torch.Tensor, query: torch.Tensor | None, scores: str) -> torch.Tensor:
     """Return how much attention each token gets, ``[B, N]``, from keys ``[B, N, heads, head_dim]``.
 
     ``"cls"``: the class token's attention, averaged over heads: one row of the weights, ``softmax(q K^T / sqrt(d))``, but over
-    the patches alone. ``"key_norm"``: the keys' squared norm over all heads. Under queries that are normal
-    around zero with covariance ``s I`` a key ``k`` gets ``exp(s |k|² / 2)`` of attention on average, before normalisation.
+    the patches alone. ``"key_norm"``: the keys' squared norm over all heads, over the largest one. Under queries that are
+    normal around zero with covariance ``s I`` a key ``k`` gets ``exp(s |k|² / 2)`` of attention on average, before it is
+    normalised.
     ``"auto"``: by the class token where there is one.
     """
     if scores == "key_norm" or (scores == "auto" and query is None):
-        return keys.square().sum((2, 3))
-    if query is None:
-        remedy = "Pass scores='key_norm' for an encoder without a class token"
-        raise ValueError(complaint("query", None, "the class token's query, for scores='cls'", remedy))
+        norms = keys.square().sum((2, 3))
+        return norms / norms.amax(1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+    assert query is not None
     logits = torch.einsum("bhd,bnhd->bhn", query, keys) * keys.shape[-1] ** -0.5
     return logits.softmax(-1).mean(1)
 

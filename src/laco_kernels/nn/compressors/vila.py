@@ -9,6 +9,7 @@ from torch import nn
 from laco_kernels import reference
 from laco_kernels.nn.children import merged_mlp
 from laco_kernels.nn.compressors.base import Compressor
+from laco_kernels.ops import checks
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class Vila(Compressor):
     def __init__(self, in_dim: int, out_dim: int | None = None, ratio: int = 2, *, eps: float = 1e-5, **common: Any) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
         merged_dim = self.ratio**2 * self.in_dim
-        self.norm = nn.LayerNorm(merged_dim, eps=eps)
+        self.norm = nn.LayerNorm(merged_dim, eps=checks.check_positive("eps", eps))
         self.linear1 = nn.Linear(merged_dim, self.out_dim)
         self.linear2 = nn.Linear(self.out_dim, self.out_dim)
 

@@ -8,8 +8,7 @@ import torch
 
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
-from laco_kernels.nn.compressors.training_free import SCORES, AttentionCompressor, others, rows, score_tokens, similarities
-from laco_kernels.ops import checks
+from laco_kernels.nn.compressors.training_free import AttentionCompressor, others, rows, score_tokens, similarities
 
 
 class VisionZip(AttentionCompressor):
@@ -19,7 +18,8 @@ class VisionZip(AttentionCompressor):
     itself and of the tokens whose keys, averaged over heads, are nearest to its own by cosine. Dominant tokens come first, in
     raster order, then the contextual ones. The authors score by the class token's attention in the encoder's last layer but
     one, and by attention received where there is no class token; that needs all N x N weights, and the keys' norms stand for
-    it here.
+    it here. Their released code adds up a contextual token and the mean of those merged into it, which doubles its scale;
+    here it is the mean of all of them.
 
     Args:
         in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
@@ -41,9 +41,8 @@ class VisionZip(AttentionCompressor):
         **common: Any,
     ) -> None:
         super().__init__(in_dim, out_dim, ratio, **common)
-        checks.check_choice("scores", scores, SCORES)
         self.contextual = None if contextual is None else integer("contextual", contextual, 0)
-        self.scores = scores
+        self.scores = self.read_scores(scores)
         if self.num_tokens is not None and self.contextual is not None and self.contextual > self.num_tokens:
             expected = f"at most num_tokens = {self.num_tokens}"
             raise ValueError(complaint("contextual", self.contextual, expected, "Pass fewer, or leave contextual out"))
@@ -73,4 +72,4 @@ class VisionZip(AttentionCompressor):
         nearest = similarities(metric, metric[:, spaced]).argmax(-1)
         nearest = nearest.index_copy(1, spaced, torch.arange(contextual, device=rest.device).expand(len(rest), -1))
         joins = torch.nn.functional.one_hot(nearest, contextual).to(patches.dtype).transpose(1, 2)  # [B, contextual, rest]
-        return torch.cat([dominant, joins @ tokens / joins.sum(2, keepdim=True)], 1)
+        return torch.cat([dominant, joins / joins.sum(2, keepdim=True) @ tokens], 1)
