@@ -48,6 +48,7 @@ def test_what_is_counted(result):
     assert row(result, "laco").gflops == pytest.approx(2 * 2 * N / 4 * (4 * C * C + C * C) / 1e9)
     assert row(result, "laco").parameters == 4 * C * C + C * C + 2 * C
     assert row(result, "visionzip").parameters == 0
+    assert row(result, "visionzip").gflops > 2 * 2 * (1 + N) * C * C / 1e9, "the layer's keys are made for it"
     whole = row(result, "mlp2x_gelu", 1).encoder_gflops - row(result, "mlp2x_gelu", 1).gflops
     for name in ("idefics3", "vila", "avg_pool"):
         assert row(result, name).encoder_gflops == pytest.approx(whole + row(result, name).gflops)
@@ -57,10 +58,12 @@ def test_what_is_counted(result):
 
 
 def test_an_error_beyond_the_budget_is_seen(monkeypatch):
-    calls = iter([1.0, 1.01, 1.0, 1.0, 1.0])
-    case = compressors._Case("x", torch.nn.Identity(), (), {})
+    calls = iter([1.0, 1.01, 1.0, 1.0, 1.0, 1.01, 1.02, 1.0])  # exact, ours, reference, for memory
+    case = compressors._Case("x", torch.nn.Identity(), ())
     monkeypatch.setattr(compressors._Case, "run", lambda self: torch.tensor([next(calls)]))
-    assert not compressors._judge(case, torch.device("cpu"))["correct"]
+    judged = [compressors._judge(case, torch.device("cpu")) for _ in range(2)]
+    assert [one["correct"] for one in judged] == [False, True]
+    assert [one["same"] for one in judged] == [False, False]
 
 
 def test_what_there_is_no_memory_for_is_left_out_and_said(monkeypatch):
@@ -109,8 +112,16 @@ def test_labels_keep_their_distance(result, monkeypatch):
 def test_names_are_checked():
     assert compressors.check_names(None) is None
     assert compressors.check_names("laco, tome") == ["laco", "tome"]
-    with pytest.raises(ValueError, match="only: got 'magic', expected one of laco"):
-        compressors.check_names("laco,magic")
+    assert compressors.check_names("tome,tome") == ["tome"]
+    with pytest.raises(ValueError, match=r"compressor: got 'lacoo', expected one of laco.*Did you mean 'laco'"):
+        compressors.check_names("laco,lacoo")
+
+
+def test_nothing_to_measure_is_said():
+    encoder, images = stock("clip", dtype=torch.float32), pixels(dtype=torch.float32)
+    wanted = {"layer": 2, "ratios": [2], "llm": "qwen2.5-0.5b", "weights": "random", "images": 2, "rounds": 1}
+    with pytest.raises(ValueError, match=r"only: got nothing that can be measured here \(num_blocks: got 8"):
+        compressors.measure_compressors(encoder, "tiny", images, names=["mbtf"], **wanted)
 
 
 def test_rows_keep_their_spread(result):

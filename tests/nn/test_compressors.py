@@ -323,8 +323,11 @@ def test_it_refuses_inputs(name):
         ("pixelshuffle", "Did you mean 'pixel_shuffle'"),
         ("stf+mbtf", "or 'mbtf+stf'"),
         ("avgpool", "Did you mean 'avg_pool'"),
+        ("qwen2vl", "Did you mean 'patch_merger'"),
+        ("SmolVLM".lower(), "Did you mean 'idefics3'"),
+        (None, "Pass one of these."),
         ("xyz", "Pass one of these."),
-        (["laco"], "Did you mean 'laco'."),
+        (["laco"], "Pass one of these."),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_closest(name, answer):

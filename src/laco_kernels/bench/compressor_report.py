@@ -40,11 +40,18 @@ def headline(result: CompressorResult) -> str:
 def legend(result: CompressorResult) -> str:
     """What the columns mean."""
     return (
-        f"Where: in the encoder with its width, behind it projecting to {result.llm}'s width, or before it on the image; "
-        "+ where it may stand elsewhere, too. r: side of a window. Tokens: what the LLM reads of one image. "
+        f"Where: in the encoder with its width, behind it projecting to {result.llm}'s width, or before it on the image; no "
+        f"projector is counted with those that keep the width ({', '.join(_keepers(result))}). "
+        "+: it may stand elsewhere, too. r: side of a window. Tokens: what the LLM reads of one image. "
         "GFLOPs, ms (median, p20-p80) and MiB (peak of activations): the compressor alone, one batch. "
-        "ok: error against float64 at most twice that of the reference implementation in the run's precision."
+        "ok: error against float64 at most twice that of the reference implementation in the run's precision; same: the very "
+        "numbers of the reference, as where no kernel of ours runs."
     )
+
+
+def _keepers(result: CompressorResult) -> list[str]:
+    widest = max(row.out_dim for row in result.rows)
+    return list(dict.fromkeys(row.name for row in result.rows if row.out_dim < widest)) or ["none"]
 
 
 def whole_legend(result: CompressorResult) -> str:
@@ -68,7 +75,7 @@ def cells(row: CompressorRow) -> tuple[str, ...]:
         _short(row.gflops),
         f"{median} ({low}-{high})",
         f"{row.peak_mib:.0f}" if row.peak_mib >= 10 else f"{row.peak_mib:.1f}",
-        "yes" if row.correct else "NO",
+        ("same" if row.same else "yes") if row.correct else "NO",
     )
 
 
@@ -141,7 +148,7 @@ def picture(result: CompressorResult, path: Path) -> None:
         _label_apart(axes, ends)
     handles = [plt.Line2D([], [], color=color, marker="o", label=place) for place, color in COLORS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"{result.encoder}, {result.dtype}, {result.environment['device']}", fontsize=10)
+    figure.suptitle(f"{Path(result.encoder).resolve().name}, {result.dtype}, {result.environment['device']}", fontsize=10)
     figure.savefig(path)
     plt.close(figure)
 

@@ -25,6 +25,7 @@ from laco_kernels.errors import complaint
 from laco_kernels.hf.compress import compress
 from laco_kernels.hf.points import sides
 from laco_kernels.nn import COMPRESSORS, build_compressor, sampled_blocks
+from laco_kernels.nn.compressors import find_compressor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,7 @@ class CompressorRow:
     error: float  # relative to float64
     error_budget: float  # twice the error of the reference implementation in the same precision, plus one rounding step
     correct: bool
+    same: bool  # whether the reference gives the very same numbers, as where nothing else runs
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class CompressorResult:
     device: str
     rounds: int
     images: int
-    tokens_in: int
+    tokens_in: int  # of patches
     weights: str  # of the encoder; the compressors' are random
     left_out: dict[str, str]  # what cannot stand in this encoder with this ratio, and why
     environment: dict[str, Any]
@@ -82,16 +84,26 @@ class CompressorResult:
 
 @dataclass
 class _Case:
-    """A compressor and what it reads."""
+    """A compressor and what it reads; one that looks at attention takes keys and query from ``layer`` and its input."""
 
     name: str
     module: Compressor
     inputs: tuple[Any, ...]
-    features: dict[str, Any]
+    layer: Any = None
+    before: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
-        out: torch.Tensor = self.module(*self.inputs, **self.features)[0]
+        features: dict[str, Any] = {}
+        if self.layer is not None:
+            features["keys"], features["query"] = self.layer.attended(self.before)
+        out: torch.Tensor = self.module(*self.inputs, **features)[0]
         return out
+
+    def exact(self) -> _Case:
+        """Return the same in float64."""
+        module, layer = copy.deepcopy(self.module).double(), copy.deepcopy(self.layer)
+        before = None if self.before is None else self.before.double()
+        return _Case(self.name, module, _double(self.inputs), None if layer is None else layer.double(), before)
 
 
 def measure_compressors(
@@ -112,7 +124,8 @@ def measure_compressors(
     """Measure every compressor on what ``encoder`` makes of ``pixels [batch, 3, height, width]``.
 
     Each stands where its authors put it: inside the encoder with its width, or behind it and projecting to the width of
-    ``llm``. All that read one block read the tokens that leave ``layer``; those that read several, evenly spaced ones.
+    ``llm``, unless it keeps the width. Where they have a choice they leave as many tokens as there are windows. All that
+    read one block read the tokens that leave ``layer``; those that read several, evenly spaced ones.
 
     Args:
         encoder: the stock encoder, on its device and in its dtype.
@@ -148,6 +161,9 @@ def measure_compressors(
             seconds / len(ratios),
             lambda what, part, i=i, ratio=ratio: on_step(f"ratio {ratio}: {what}", (i + part) / len(ratios)),  # type: ignore[misc]
         )
+    if not rows:
+        reason = next(iter(left_out.values()), "none was asked for")
+        raise ValueError(complaint("only", f"nothing that can be measured here ({reason})", "at least one", "Ask for others"))
     return CompressorResult(
         encoder=name,
         layer=layer,
@@ -157,7 +173,7 @@ def measure_compressors(
         device=device.type,
         rounds=min((row.ms.rounds for row in rows), default=0),
         images=images,
-        tokens_in=states[0].shape[1],
+        tokens_in=math.prod(stage.grid),
         weights=weights,
         left_out=left_out,
         environment=environment(device),
@@ -215,15 +231,18 @@ class _Stage:
         place = kind.places[0]
         if place == BEFORE:
             module = build_compressor(name, in_dim=self.pixels.shape[1], ratio=ratio)
-            return _Case(name, module.eval(), (self.pixels, self.grid), {})
+            return _Case(name, module.eval(), (self.pixels, self.grid))
         options: dict[str, Any] = {"in_dim": channels, "place": place, "prefix_tokens": self.prefix, "pad": True}
         own = inspect.signature(kind).parameters
         if kind.reduces:
             options["ratio"] = ratio
         if place == BEHIND and not kind.keeps_width:
             options["out_dim"] = self.llm_width
+        windows = math.prod(-(-side // ratio) for side in self.grid)
         if "num_queries" in own:  # a budget of its own, here that of the others
-            options["num_queries"] = math.prod(-(-side // ratio) for side in self.grid)
+            options["num_queries"] = windows
+        if kind.reads_attention:
+            options["num_tokens"] = windows
         if "grid" in own:
             options["grid"] = self.grid
         if "num_layers" in own:
@@ -236,13 +255,10 @@ class _Stage:
         if module.num_blocks > 1:
             numbers = module.blocks or sampled_blocks(self.encoder.config.num_hidden_layers, module.num_blocks)
             x = [self.states[number] for number in numbers]
-        features: dict[str, Any] = {}
-        if kind.reads_attention:
-            layer = compress(self.encoder, compressor=name, layer=self.layer).merging_layers[0]
-            with torch.inference_mode():
-                keys, query = layer.attended(self.states[self.layer - 1])
-            features = {"keys": keys, "query": query}
-        return _Case(name, module, (x, self.grid), features)
+        if not kind.reads_attention:
+            return _Case(name, module, (x, self.grid))
+        layer = compress(self.encoder, compressor=name, layer=self.layer).merging_layers[0]
+        return _Case(name, module, (x, self.grid), layer, self.states[self.layer - 1])
 
     def _check_memory(self, name: str, parameters: int) -> None:
         """Raise ValueError unless there is room for the weights, and once for those in float64."""
@@ -291,16 +307,19 @@ class _Stage:
 
 def _judge(case: _Case, device: torch.device) -> dict[str, Any]:
     """Compare a compressor with itself in float64, and allow twice what the reference implementation errs."""
-    exact = _Case(case.name, copy.deepcopy(case.module).double(), *_double((case.inputs, case.features)))
-    truth = exact.run()
-    ours, scale = case.run().double(), truth.norm()
+    truth = case.exact().run()
+    ours, scale = case.run(), truth.norm()
     with _implementation("reference"):
-        theirs = case.run().double()
-    dtype = case.run().dtype
-    error = float((ours - truth).norm() / scale)
-    budget = 2 * float((theirs - truth).norm() / scale) + torch.finfo(dtype).eps
-    peak = peak_bytes(lambda: case.run(), device) / 2**20
-    return {"error": error, "error_budget": budget, "correct": error <= budget, "peak_mib": peak}
+        theirs = case.run()
+    error, theirs_error = (float((made.double() - truth).norm() / scale) for made in (ours, theirs))
+    budget = 2 * theirs_error + torch.finfo(ours.dtype).eps
+    return {
+        "error": error,
+        "error_budget": budget,
+        "correct": error <= budget,
+        "same": torch.equal(ours, theirs),
+        "peak_mib": peak_bytes(case.run, device) / 2**20,
+    }
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -314,8 +333,6 @@ def _double(value: Any) -> Any:
     """Return the same with tensors in float64."""
     if isinstance(value, torch.Tensor):
         return value.double()
-    if isinstance(value, dict):
-        return {key: _double(part) for key, part in value.items()}
     return type(value)(_double(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -335,9 +352,7 @@ def check_names(text: str | None) -> list[str] | None:
     """Read a list of compressors such as ``"laco,avg_pool"``; ``None`` for all."""
     if text is None:
         return None
-    names = [part.strip() for part in text.split(",")]
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
-        if name not in COMPRESSORS:
-            remedy = "Pass some of these, separated by commas"
-            raise ValueError(complaint("only", repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
+        find_compressor(name)
     return names

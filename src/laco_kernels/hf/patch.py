@@ -63,7 +63,8 @@ def patch(model: nn.Module, *, impl: str | None = None) -> Report:
     Their weights, the weights' names, hooks, outputs and gradients stay what they are, as does the config; what is saved is a
     stock checkpoint. :func:`unpatch` undoes it. Each connector looks at every call whether the operators apply, and runs the
     stock code where they do not: with an adapter, a quantised layer or a hook in it, another activation than GELU, in
-    ``torch.func``. Patching again is allowed, for instance to pass another ``impl``.
+    ``torch.func``. Patching again is allowed, for instance to pass another ``impl``. Gradients are first derivatives only, and
+    ``torch.jit.trace`` does not see through the operators.
 
     ==========================  =================================================================================
     InternVL                    ``patch_merge`` behind its LayerNorm

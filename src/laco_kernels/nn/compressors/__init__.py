@@ -53,13 +53,30 @@ COMPRESSORS: dict[str, type[Compressor]] = {name: _load(path) for name, path in 
 __all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "check_options", "find_compressor"]
 
 
+# What people call them by who know the model and not the name here.
+_MODELS = {
+    "internvl": "pixel_shuffle",
+    "mobilevlm": "ldpv2",
+    "qwen2_vl": "patch_merger",
+    "qwen2.5_vl": "patch_merger",
+    "qwen3_vl": "patch_merger",
+    "smolvlm": "idefics3",
+    "honeybee": "c_abstractor",
+    "blip2": "qformer",
+    "llava": "mlp2x_gelu",
+    "nvila": "vila",
+    "prumerge": "prumerge_plus",
+}
+
+
 def find_compressor(name: object) -> type[Compressor]:
     """Return the class of that name; ValueError with the closest names where there is none."""
     if not isinstance(name, str) or name not in COMPRESSORS:
-        close = difflib.get_close_matches(str(name), COMPRESSORS, n=3, cutoff=0.4)
+        known = difflib.get_close_matches(str(name), {**_MODELS, **dict.fromkeys(COMPRESSORS)}, n=3, cutoff=0.5)
+        close = list(dict.fromkeys(_MODELS.get(match, match) for match in known if isinstance(name, str)))
         remedy = f"Did you mean {' or '.join(map(repr, close))}" if close else "Pass one of these"
         raise ValueError(complaint("compressor", repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
-    return COMPRESSORS[name]
+    return COMPRESSORS[str(name)]
 
 
 def check_options(kind: type[Compressor], options: Mapping[str, Any], fixed: Collection[str] = ()) -> None:
