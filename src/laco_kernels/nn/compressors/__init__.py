@@ -53,12 +53,12 @@ COMPRESSORS: dict[str, type[Compressor]] = {name: _load(path) for name, path in 
 __all__ = ["COMPRESSORS", "PLACES", "Compressor", "build_compressor", "check_options", "find_compressor"]
 
 
-def find_compressor(name: object) -> type[Compressor]:
-    """Return the class of that name; ValueError with the closest names where there is none."""
+def find_compressor(name: object, argument: str = "compressor") -> type[Compressor]:
+    """Return the class of that name, the value of ``argument``; ValueError with the closest names where there is none."""
     if not isinstance(name, str) or name not in COMPRESSORS:
         close = difflib.get_close_matches(str(name), COMPRESSORS, n=3, cutoff=0.4)
         remedy = f"Did you mean {' or '.join(map(repr, close))}" if close else "Pass one of these"
-        raise ValueError(complaint("compressor", repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
+        raise ValueError(complaint(argument, repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
     return COMPRESSORS[name]
 
 
