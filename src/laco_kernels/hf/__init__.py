@@ -35,6 +35,7 @@ from laco_kernels.hf.encoders import (
 from laco_kernels.hf.llava import LacoLlavaConfig, LacoLlavaForConditionalGeneration, LacoLlavaModel
 from laco_kernels.hf.optimize import optimize, restore
 from laco_kernels.hf.patch import patch, unpatch
+from laco_kernels.hf.processor import build_processor, check_processor
 
 __all__ = [
     "LacoAimv2VisionConfig",
@@ -49,6 +50,8 @@ __all__ = [
     "LacoSiglipVisionConfig",
     "LacoSiglipVisionModel",
     "build_llava",
+    "build_processor",
+    "check_processor",
     "compress",
     "optimize",
     "patch",

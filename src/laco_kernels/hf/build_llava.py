@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from transformers import (
@@ -43,7 +43,7 @@ STOCK_PROJECTOR = "mlp2x_gelu"
 #: An image token's number that no token has, until there is a tokenizer.
 NO_TOKEN = -1
 
-Part = PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]
+Part: TypeAlias = PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]
 
 
 def build_llava(
@@ -100,6 +100,8 @@ def build_llava(
         RuntimeError: a checkpoint cannot be read, for instance a hub name without a network.
     """
     config, source = resolve("vision", vision)
+    if not isinstance(config, CompressionConfig):
+        stock_class("vision", config)
     text_config = _text_config(text)
     inside = _inside(compressor, depth, layer, compressor_options)
     kind, options = find_compressor(projector, "projector"), dict(projector_options or {})
@@ -117,34 +119,30 @@ def build_llava(
 
     # Everything is looked at before weights are touched.
     with torch.device("meta"):
-        sketch = _stock_or_compressed(config, None)
-        sketch = compress(sketch, **inside) if inside else sketch
+        sketch = compress(copy.deepcopy(config), **inside) if inside else _encoder(config, None)
+        common = {
+            "vision_config": sketch.config,
+            "text_config": copy.deepcopy(text_config),
+            "image_token_index": NO_TOKEN if image_token_id is None else int(integer("image_token_id", image_token_id, 0)),
+            "vision_feature_select_strategy": "default" if prefix_tokens_of(sketch.config) else "full",
+        }
+        model_class: type[LlavaForConditionalGeneration] = LlavaForConditionalGeneration
         if projector == STOCK_PROJECTOR and not options:
-            description, reader = None, None
+            llava_config = LlavaConfig(**common, vision_feature_layer=_layers(sketch, None, vision_feature_layer))
         else:
             description = _description(projector, kind, sketch, options)
             reader = build_projecting(description, sketch.config, text_config.hidden_size)
-        states = _states(sketch, reader, vision_feature_layer)
-    if image_token_id is not None:
-        image_token_id = int(integer("image_token_id", image_token_id, 0))
+            layers = _layers(sketch, reader, vision_feature_layer)
+            llava_config = LacoLlavaConfig(**common, vision_feature_layer=layers, projector=description)
+            CompressingProjector(llava_config)
+            model_class = LacoLlavaForConditionalGeneration
 
-    tower = _stock_or_compressed(config, source)
+    tower = _encoder(config, source)
     tower = compress(tower, **inside) if inside else tower
     language = _language(text, text_config)
     made = [part for part, given in ((tower, vision), (language, text)) if isinstance(given, PreTrainedConfig)]
     _agree(tower, language, made, dtype)
-    common = {
-        "vision_config": tower.config,
-        "text_config": language.config,
-        "image_token_index": NO_TOKEN if image_token_id is None else image_token_id,
-        "vision_feature_select_strategy": "default" if prefix_tokens_of(tower.config) else "full",
-        "vision_feature_layer": states,
-    }
-    if description is None:
-        return _assemble(LlavaForConditionalGeneration, LlavaConfig(**common), tower, language)
-    return _assemble(
-        LacoLlavaForConditionalGeneration, LacoLlavaConfig(**common, projector=description), tower, language
-    )
+    return _assemble(model_class, llava_config, tower, language)
 
 
 def _inside(
@@ -185,10 +183,8 @@ def _assemble(
     return model
 
 
-def _stock_or_compressed(config: PreTrainedConfig, source: PreTrainedModel | str | None) -> PreTrainedModel:
+def _encoder(config: PreTrainedConfig, source: PreTrainedModel | str | None) -> PreTrainedModel:
     """Return the encoder itself, compressed already or stock; a subclass is refused, as it may do something else."""
-    if not isinstance(config, CompressionConfig):
-        stock_class("vision", config)
     if isinstance(source, PreTrainedModel):
         if not isinstance(config, CompressionConfig) and type(source) is not stock_class("vision", config):
             remedy = "Pass the vision model inside it, such as model.vision_model"
@@ -250,9 +246,7 @@ def _agree(tower: PreTrainedModel, language: PreTrainedModel, made: list[PreTrai
             raise ValueError(complaint(what, given, "the same for both", remedy))
 
 
-def _description(
-    projector: str, kind: type[Compressor], tower: PreTrainedModel, options: dict[str, Any]
-) -> dict[str, Any]:
+def _description(projector: str, kind: type[Compressor], tower: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     """Return what a config says of a projector, complete with what the encoder decides."""
     ratio = options.pop("ratio", 1)
     if issubclass(kind, (Mbtf, MbtfStf)):
@@ -265,11 +259,11 @@ def _description(
     return {"compressor": projector, "ratio": ratio, "options": options}
 
 
-def _states(tower: PreTrainedModel, compressor: Compressor | None, given: int | Sequence[int] | None) -> int | list[int]:
+def _layers(tower: PreTrainedModel, compressor: Compressor | None, given: int | Sequence[int] | None) -> int | list[int]:
     """Return the ``vision_feature_layer`` of the config, checked."""
     config = tower.config
     if given is not None:
-        chosen: int | list[int] = list(given) if isinstance(given, (list, tuple)) else given
+        chosen: Any = list(given) if isinstance(given, (list, tuple)) else given
     elif compressor is None or compressor.num_blocks == 1:
         deepest = points_of(config)[-1][0] if isinstance(config, CompressionConfig) else 0
         is_clip = isinstance(tower, (CLIPVisionModel, LacoCLIPVisionModel))
@@ -282,4 +276,4 @@ def _states(tower: PreTrainedModel, compressor: Compressor | None, given: int | 
         chosen = list(sampled_blocks(config.num_hidden_layers, compressor.num_blocks))
     for layer in as_list(chosen):
         state_number(config, layer)
-    return chosen
+    return cast("int | list[int]", chosen)

@@ -61,21 +61,22 @@ class CompressingProjector(nn.Module):
     def __init__(self, config: LacoLlavaConfig) -> None:
         super().__init__()
         vision: Any = config.vision_config
-        width = config.text_config.hidden_size  # type: ignore[union-attr]
-        self.compressor = build_projecting(config.projector, vision, width)
+        width = config.text_config.hidden_size
+        description: Any = config.projector
+        self.compressor = build_projecting(description, vision, width)
         self.mlp: Compressor | None = None
         if self.compressor.keeps_width:
             self.mlp = build_compressor("mlp2x_gelu", in_dim=vision.hidden_size, out_dim=width, place="behind")
         layers = as_list(config.vision_feature_layer)
         if len(layers) != self.compressor.num_blocks:
-            expected = f"a list of {self.compressor.num_blocks}, as many as {config.projector['compressor']!r} reads"  # type: ignore[index]
+            expected = f"a list of {self.compressor.num_blocks}, as many as {description['compressor']!r} reads"
             remedy = "Build the model with laco_kernels.hf.build_llava"
             raise ValueError(complaint("vision_feature_layer", config.vision_feature_layer, expected, remedy))
         states = [state_number(vision, layer) for layer in layers]
         merges = build_merges(vision, device="meta") if isinstance(vision, CompressionConfig) else []
         _, grid = patches_at(vision, merges, *sides(vision.image_size), states[0])
         if grid is None:
-            given = f"{config.projector['compressor']!r} behind {vision.compression['compressor']!r}, which leaves no grid"  # type: ignore[index]
+            given = f"{description['compressor']!r} behind {vision.compression['compressor']!r}, which leaves no grid"
             raise ValueError(complaint("projector", given, "'mlp2x_gelu', which needs none", "Pass projector='mlp2x_gelu'"))
         self.compressor.num_output_tokens(grid)
 
@@ -110,7 +111,9 @@ def build_projecting(description: Any, vision: Any, width: int) -> Compressor:
     name, options = description["compressor"], description["options"]
     kind = find_compressor(name, "projector")
     if kind.reads_attention or "behind" not in kind.places:
-        behind = ", ".join(name for name, other in COMPRESSORS.items() if "behind" in other.places and not other.reads_attention)
+        behind = ", ".join(
+            name for name, other in COMPRESSORS.items() if "behind" in other.places and not other.reads_attention
+        )
         remedy = f"Pass compressor={name!r} to have it inside the encoder"
         if not kind.reads_attention:
             remedy = "It shrinks the image: let the image processor do that"
@@ -139,19 +142,20 @@ class LacoLlavaModel(LlavaModel):
         super().__init__(config)
         # The stock projector reads several layers side by side and may be large: it goes before the other one comes.
         del self.multi_modal_projector
-        self.multi_modal_projector = CompressingProjector(config)
+        self.multi_modal_projector: Any = CompressingProjector(config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         projector = getattr(self, "multi_modal_projector", None)
         if isinstance(projector, CompressingProjector) and any(module is part for part in projector.modules()):
             projector.reset_parameters()  # leaves alone what a checkpoint had
-            for part in projector.modules():
+            parts: list[Any] = list(projector.modules())
+            for part in parts:
                 part._is_hf_initialized = True
             return
         super()._init_weights(module)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
