@@ -244,6 +244,44 @@ def test_wrong_use_is_one_line_and_exit_code_2(encoder, arguments, message):
     assert done.stdout == ""
 
 
+def test_bench_compressors(encoder, tmp_path):
+    out = tmp_path / "results"
+    done = laco("bench", "compressors", "--encoder", encoder, "--rounds", 1, "--only", "laco,tome,mlp2x_gelu", "--out", out)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.stdout.split())
+    assert "tokens behind layer 1, batch 1, float32, checkpoint weights, 1 photo, 36 tokens in" in words
+    assert [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("laco ")] == [
+        ["laco", "2", "in+"],
+        ["laco", "2", "9"],
+    ]
+    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".md", ".png"]
+    printed = laco("bench", "compressors", "--encoder", encoder, "--rounds", 1, "--only", "laco", "--ratio", "2,3", "--json")
+    rows = json.loads(printed.stdout)["rows"]
+    assert [(row["name"], row["ratio"], row["tokens"]) for row in rows] == [("laco", 2, 9), ("laco", 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratio", "1"], "ratio: got '1', expected integers of at least 2"),
+        (["--ratio", "two"], "ratio: got 'two'"),
+        (["--only", "magic"], "only: got 'magic', expected one of laco, pixel_shuffle"),
+        (["--llm", "gpt"], "llm: got 'gpt', expected one of 'llama-3.1-8b'"),
+        (["--layer", "5"], "layer: got 5, expected 1 to 4"),
+        (["--encoder", "no/such-encoder"], "encoder: got 'no/such-encoder'"),
+        (["--out", __file__], "expected a folder that can be written to"),
+        (["missing.jpg"], "images: got missing.jpg, which does not exist"),
+    ],
+)
+def test_bench_compressors_refuses(encoder, arguments, message):
+    done = laco("bench", "compressors", "--encoder", encoder, "--device", "cpu", "--rounds", 1, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
 def test_a_compressed_checkpoint_is_refused(encoder):
     import laco_kernels as lk
 

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+import laco_kernels as lk
 from laco_kernels.bench import page
 from laco_kernels.bench.results import device_folders
 from laco_kernels.cli.publish import END, START
+from laco_kernels.nn import COMPRESSORS
+from tests.hf.encoders import pixels, stock
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,12 +39,44 @@ def test_the_connectors_example_runs_as_written(tmp_path, monkeypatch, capsys):
 
 
 def test_the_operators_example_runs_as_written(tmp_path, monkeypatch):
-    assert len(EXAMPLES) == 4
-    names = run(EXAMPLES[3], {}, tmp_path, monkeypatch)
+    assert len(EXAMPLES) == 5
+    names = run(EXAMPLES[4], {}, tmp_path, monkeypatch)
     assert names["y"].shape == (2, 145, 64)
     assert names["z"].shape == (2, 144, 64)
     assert names["v"].shape == (2, 144, 64)
     assert names["w"].shape == (2, 576, 64)
+
+
+def test_the_compressors_example_runs_as_written(tmp_path, monkeypatch, capsys):
+    names = run(EXAMPLES[3], {}, tmp_path, monkeypatch)
+    assert names["tokens"].shape == (2, 144, 96)
+    assert names["grid"] == (12, 12)
+    assert capsys.readouterr().out == f"144 {sorted(COMPRESSORS)}\n"
+
+
+def test_the_compressors_stand_where_the_table_says():
+    table = README.partition("| where | `lk.nn.COMPRESSORS` |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines()[2:]]
+    sorts = [set(), set(), set(), set()]
+    for name, kind in COMPRESSORS.items():
+        place = 3 if "before" in kind.places else 2 if "inside" not in kind.places else 1 if kind.reads_attention else 0
+        sorts[place].add(name)
+    assert [set(row) for row in rows] == sorts
+    assert "eighteen others" in README
+    assert len(COMPRESSORS) == 18 + len({"laco", "stf", "mbtf"})
+
+
+def test_a_new_compressor_is_a_file_and_a_line(monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = {}
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "max_pool.py", "exec", dont_inherit=True), names)
+    monkeypatch.setitem(COMPRESSORS, "max_pool", names["MaxPool"])
+    pool = lk.nn.build_compressor("max_pool", in_dim=8, prefix_tokens=1, residual=False)
+    x = torch.randn(2, 17, 8)
+    image = x[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    assert torch.equal(pool(x, (4, 4))[0][:, 1:], F.max_pool2d(image, 2).flatten(2).transpose(1, 2))
+    model = lk.hf.compress(stock("clip", dtype=torch.float32), compressor="max_pool", layer=2)
+    assert model(pixels(dtype=torch.float32)).last_hidden_state.shape == (2, 5, 32)
 
 
 def test_the_table_is_the_recorded_one():

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import laco_kernels as lk
-from laco_kernels.geometry import Windows
+from laco_kernels.geometry import Cascade
 from laco_kernels.hf import fused, fused_embeddings
 from tests.hf.encoders import STOCK, compressed, pixels, stock
 from tests.hf.optimised import classes, features
@@ -48,14 +48,14 @@ def images(rows, columns, batch=2):
 @pytest.fixture
 def reordered(monkeypatch):
     """How many images' tokens have been put in block order by a pass over them, call by call."""
-    calls, to_block_order = [], Windows.to_block_order
+    calls, to_block_order = [], Cascade.to_block_order
 
     def spy(self, tokens, dim=1):
         if tokens.dim() == 3:  # else patch numbers
             calls.append(len(tokens))
         return to_block_order(self, tokens, dim)
 
-    monkeypatch.setattr(Windows, "to_block_order", spy)
+    monkeypatch.setattr(Cascade, "to_block_order", spy)
     return calls
 
 

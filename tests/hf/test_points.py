@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -250,7 +251,9 @@ def test_refusals(options, error, message):
 
 @pytest.mark.parametrize("name", [name for name, kind in COMPRESSORS.items() if "inside" not in kind.places])
 def test_what_may_not_stand_inside(name):
-    with pytest.raises(ValueError, match=rf"compressor: got '{name}'.*expected one that may stand inside: laco.*It stands"):
+    with pytest.raises(
+        ValueError, match=rf"compressor: got '{re.escape(name)}'.*expected one that may stand inside: laco.*It stands"
+    ):
         lk.hf.compress(stock("clip"), compressor=name)
 
 
@@ -264,3 +267,8 @@ def test_flash_attention_takes_no_bias(family):
     state = torch.randn(1, 8, 32, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"attn_implementation: got 'flash_attention_2'.*proportional=False"):
         layer.forward(state, journey=None, sizes=torch.ones(1, 8))
+
+
+def test_positions_of_a_compressor_are_those_of_the_grid_that_comes_to_it():
+    model = lk.hf.compress(stock("siglip", 8), compressor="c_abstractor", layers=[1, 2])
+    assert [merge.grid for merge in model.merges] == [(8, 8), (4, 4)]

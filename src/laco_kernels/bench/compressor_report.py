@@ -80,7 +80,7 @@ def whole_columns() -> tuple[str, ...]:
 def whole_cells(row: CompressorRow) -> tuple[str, ...]:
     """Return the cells of one row of the second table."""
     prefill = [f"{row.prefill_tflops[llm]:.2f}" for llm in llm_names()]
-    return (row.name, str(row.ratio), str(row.tokens), f"{row.encoder_gflops:.0f}", *prefill)
+    return (row.name, str(row.ratio), str(row.tokens), _short(row.encoder_gflops), *prefill)
 
 
 def _short(number: float) -> str:

@@ -180,7 +180,7 @@ def _measure_ratio(
         try:
             cases.append(stage.case(name, ratio))
         except (TypeError, ValueError) as error:
-            left_out[f"{name} {ratio}"] = str(error)
+            left_out[f"{name} {ratio if COMPRESSORS[name].reduces else 1}"] = str(error)
     with torch.inference_mode():
         facts = []
         for i, case in enumerate(cases):

@@ -51,9 +51,13 @@ def prefill_tflops(model_name: str, visual_tokens: int, text_tokens: int = 0) ->
         ValueError: the model is unknown, a number is negative, or there are no tokens at all.
     """
     visual, text = integer("visual_tokens", visual_tokens, 0), integer("text_tokens", text_tokens, 0)
-    length = visual + text
-    if not length:
+    if not visual + text:
         raise ValueError(complaint("visual_tokens", 0, "at least one token of image or text", "Pass the prompt's length"))
+    return _count(model_name, visual + text)
+
+
+@functools.cache
+def _count(model_name: str, length: int) -> float:
     model = _skeleton(model_name)
     with torch.device("meta"):
         embeddings = torch.empty(1, length, model.config.hidden_size)

@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 _current_journey: ContextVar[Journey | None] = ContextVar("current_journey", default=None)
 
 
-def begin_journey(config: CompressionConfig, height: int, width: int) -> Journey:
-    """Set out with images of ``height x width`` pixels; for parts that are called without the model around them."""
-    return Journey(route_of(config, build_merges(config, device="meta"), height, width))
+class Guide:
+    """Finds the way for a part that is called without the model around it: compressors without memory, by which grids go."""
+
+    def __init__(self, config: CompressionConfig) -> None:
+        self.config = config
+        self.merges = build_merges(config, device="meta")
+
+    def begin(self, height: int, width: int) -> Journey:
+        """Set out with images of ``height x width`` pixels."""
+        return Journey(route_of(self.config, self.merges, height, width))
 
 
 class BlockOrderEmbeddings(nn.Module):
@@ -42,13 +49,14 @@ class BlockOrderEmbeddings(nn.Module):
     def __init__(self, config: CompressionConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.guide = Guide(config)
         self.journey: Journey | None = None  # for a compiler's trace, which cannot follow a context variable
 
     def forward(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Embed images ``[B, 3, height, width]`` into ``[B, P + N, C]``."""
         journey = self.journey if torch.compiler.is_compiling() else _current_journey.get()
         if journey is None:
-            journey = begin_journey(self.config, *pixel_values.shape[-2:])
+            journey = self.guide.begin(*pixel_values.shape[-2:])
         order = journey.route.order
         if order is None:
             return super().forward(pixel_values, *args, **kwargs)
@@ -77,6 +85,7 @@ class MergingLayer(nn.Module):
     ) -> None:
         super().__init__(config)
         self.config = config
+        self.guide = Guide(config)
         self.journey: Journey | None = None  # for a compiler's trace, which cannot follow a context variable
         self.merge: Any = merge
         self.point, self.in_proportion = point, in_proportion
@@ -85,7 +94,7 @@ class MergingLayer(nn.Module):
         """Hand the journey on as an argument, so that a recomputation in the backward pass sees that of its forward."""
         journey = self.journey if torch.compiler.is_compiling() else _current_journey.get()
         if journey is None:  # called without the model around it
-            journey = begin_journey(self.config, *sides(self.config.image_size))
+            journey = self.guide.begin(*sides(self.config.image_size))
         return super().__call__(*args, journey=journey, sizes=journey.sizes, **kwargs)
 
     def forward(

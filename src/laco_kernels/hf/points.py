@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -99,9 +100,14 @@ def build_merges(config: Any, device: torch.device | str | None = None) -> list[
         remedy = f"It stands {' or '.join(kind.places)} an encoder: lk.nn.build_compressor({name!r}, ...)"
         raise ValueError(complaint("compressor", repr(name), f"one that may stand inside: {inside}", remedy))
     common = {"in_dim": config.hidden_size, "place": "inside", "prefix_tokens": config.prefix_tokens, "pad": True}
+    grid: Grid | None = _grid_of(config, *sides(config.image_size))
+    merges = []
     with contextlib.nullcontext() if device is None else torch.device(device):
-        merges = [build_compressor(name, **common, ratio=ratio, **options) for _, ratio in points]
-    route_of(config, merges, *sides(config.image_size))
+        for _, ratio in points:
+            # Positions of its own are those of the grid that comes to this point.
+            own = {"grid": grid} if "grid" in inspect.signature(kind).parameters else {}
+            merges.append(build_compressor(name, **common, ratio=ratio, **{**own, **options}))
+            grid = merges[-1].out_grid(grid) if grid is not None else None
     return merges
 
 
@@ -141,8 +147,7 @@ def route_of(config: CompressionConfig, merges: Sequence[Compressor], height: in
 
     An odd grid keeps raster order: padding tokens must not enter attention, so there are no complete blocks.
     """
-    patch_height, patch_width = sides(config.patch_size)
-    grid: Grid | None = (height // patch_height, width // patch_width)
+    grid: Grid | None = _grid_of(config, height, width)
     grids, stages = [], []
     ordered = config.compression["layout"] == "block"
     for merge in merges:
@@ -155,6 +160,11 @@ def route_of(config: CompressionConfig, merges: Sequence[Compressor], height: in
                 stages += [windows] * ordered
             grid = merge.out_grid(grid)
     return Route(tuple(grids), Cascade(tuple(stages)) if stages else None)
+
+
+def _grid_of(config: CompressionConfig, height: int, width: int) -> Grid:
+    patch_height, patch_width = sides(config.patch_size)
+    return height // patch_height, width // patch_width
 
 
 def sides(size: Any) -> tuple[int, int]:
