@@ -23,6 +23,7 @@ from transformers import (
 import laco_kernels as lk
 from laco_kernels.bench import cases, prefill
 from laco_kernels.hf.points import sides
+from laco_kernels.nn import COMPRESSORS
 
 from .encoders import PREFIX, SIZES, STOCK, pixels, stock
 from .llava import LLMS, TEXT, VARIANTS, llava, llm
@@ -74,6 +75,28 @@ def test_it_trains_and_comes_back_from_disk(family, variant, kind, tmp_path):
     assert torch.equal(*written)
     blank = model(**given | {"pixel_values": torch.zeros_like(given["pixel_values"])}).logits
     assert not torch.allclose(blank[:, -1], model(**given).logits[:, -1]), "the image makes no difference"
+
+
+BEHIND = [name for name, kind in COMPRESSORS.items() if "behind" in kind.places and not kind.reads_attention]
+SMALL = {
+    "mbtf": {"num_blocks": 2},
+    "mbtf+stf": {"num_blocks": 2},
+    "qformer": {"num_queries": 9, "hidden_dim": 16, "num_layers": 2, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("projector", BEHIND)
+def test_every_compressor_can_be_the_projector(projector, tmp_path):
+    model = llava("clip", side=5, projector=projector, projector_options=SMALL.get(projector), image_token_id=IMAGE)
+    assert model.config.image_seq_length == (9 if COMPRESSORS[projector].reduces else 25)
+    given = inputs(model, side=5)
+    model(**given, labels=given["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(reloaded) is type(model)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reloaded.state_dict().items())
+    torch.testing.assert_close(reloaded(**given).logits, model(**given).logits)
 
 
 @every_family

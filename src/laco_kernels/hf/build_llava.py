@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -27,7 +28,6 @@ from laco_kernels.hf.llava import CompressingProjector, LacoLlavaConfig, LacoLla
 from laco_kernels.hf.points import CompressionConfig, as_list, points_of, sides
 from laco_kernels.nn import sampled_blocks
 from laco_kernels.nn.compressors import find_compressor
-from laco_kernels.nn.compressors.c_abstractor import CAbstractor
 from laco_kernels.nn.compressors.mbtf import Mbtf, MbtfStf
 from laco_kernels.nn.compressors.token_packer import HIDDEN_STATES, TokenPacker
 
@@ -251,7 +251,7 @@ def _description(projector: str, kind: type[Compressor], tower: PreTrainedModel,
     ratio = options.pop("ratio", 1)
     if issubclass(kind, (Mbtf, MbtfStf)):
         options.setdefault("num_layers", tower.config.num_hidden_layers)
-    if issubclass(kind, CAbstractor):
+    if "grid" in inspect.signature(kind).parameters:
         state = tower.config.num_hidden_layers  # the grid is the same from the last merge on
         _, grid = patches_at(tower.config, getattr(tower, "merges", ()), *sides(tower.config.image_size), state)
         options.setdefault("grid", grid)

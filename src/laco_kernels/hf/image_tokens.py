@@ -9,7 +9,7 @@ from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
 from laco_kernels.hf.compress import stock_class
 from laco_kernels.hf.encoders import FAMILIES
-from laco_kernels.hf.points import CompressionConfig, Grid, as_list, points_of, sides
+from laco_kernels.hf.points import CompressionConfig, Grid, as_list, grid_of, points_of, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,9 +70,9 @@ def patches_at(config: Any, merges: Iterable[Compressor], height: int, width: in
         height, width: of the image.
         state: from 0, the embeddings.
     """
-    patch_height, patch_width = sides(config.patch_size)
-    grid: Grid | None = (height // patch_height, width // patch_width)
-    count = (height // patch_height) * (width // patch_width)
+    patches = grid_of(config, height, width)
+    grid: Grid | None = patches
+    count = patches[0] * patches[1]
     layers = [layer for layer, _ in points_of(config)] if isinstance(config, CompressionConfig) else []
     for layer, merge in zip(layers, merges, strict=True):
         if layer <= state:
@@ -100,5 +100,4 @@ def image_tokens(model: LlavaForConditionalGeneration) -> ImageTokens:
         tokens = projector.compressor.num_output_tokens(grid)
     else:
         tokens = prefix + count - (config.vision_feature_select_strategy == "default")
-    patch_height, patch_width = sides(vision.patch_size)
-    return ImageTokens((height, width), (height // patch_height, width // patch_width), tokens)
+    return ImageTokens((height, width), grid_of(vision, height, width), tokens)
