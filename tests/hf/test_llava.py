@@ -141,7 +141,7 @@ def test_parts_are_the_ones_given():
     assert model.generation_config.max_new_tokens == 3
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert all(parameter.requires_grad for parameter in model.model.multi_modal_projector.parameters())
-    assert not model.training
+    assert not any(module.training for module in model.modules())
     assert lk.hf.build_llava(tower, text.train(), projector="stf").model.multi_modal_projector.training
     compressed = lk.hf.build_llava(tower, text, depth=0.5).model.vision_tower
     assert compressed.embeddings.patch_embedding.weight is tower.embeddings.patch_embedding.weight

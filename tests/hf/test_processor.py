@@ -295,8 +295,10 @@ def test_a_lost_patch_is_complained_of():
 
 def test_the_class_token_counts_where_it_is_read():
     model = llava("clip")
+    assert lk.hf.build_processor(model, tokenizer()).patch_size == 14
     model.config.vision_feature_select_strategy = "full"
     processor = lk.hf.build_processor(model, tokenizer())
+    assert (processor.patch_size, processor.num_additional_image_tokens) == (14, 1)
     assert lk.hf.check_processor(model, processor).tokens == 17
     inputs = processor(images=picture(), text="<image>", return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()

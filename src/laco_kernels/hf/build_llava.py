@@ -119,7 +119,7 @@ def build_llava(
 
     # Everything is looked at before weights are touched.
     with torch.device("meta"):
-        sketch = compress(copy.deepcopy(config), **inside) if inside else _encoder(config, None)
+        sketch = compress(config, **inside) if inside else _encoder(config, None)
         common = {
             "vision_config": sketch.config,
             "text_config": copy.deepcopy(text_config),
@@ -173,7 +173,6 @@ def _assemble(
         projector.reset_parameters()
     else:
         projector.apply(model._init_weights)
-    model.tie_weights()
     model.config.dtype = language.dtype
     model.generation_config = copy.deepcopy(language.generation_config)
     for module in (model, model.model):
