@@ -75,9 +75,6 @@ def compress(
         RuntimeError: a checkpoint cannot be read, for instance a hub name without a network.
     """
     config, source = resolve("encoder", encoder)
-    if isinstance(config, CompressionConfig):
-        given = f"a {config.model_type} that merges after layer {config.compression['layer']}"
-        raise ValueError(complaint("encoder", given, "one that is not compressed yet", "Compress the stock encoder instead"))
     stock = stock_class("encoder", config)
     if isinstance(source, PreTrainedModel) and type(source) is not stock:
         # A subclass may do something else, which the compressed class would not.
@@ -199,7 +196,15 @@ def resolve(argument: str, encoder: object) -> tuple[PreTrainedConfig, PreTraine
 
 
 def stock_class(argument: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the stock encoder that a vision config is of; TypeError where it is none that can be compressed."""
+    """Return the stock encoder that a vision config is of.
+
+    Raises:
+        TypeError: it is none that can be compressed.
+        ValueError: it is compressed already.
+    """
+    if isinstance(config, CompressionConfig):
+        given = f"a {config.model_type} that merges after layer {config.compression['layer']}"
+        raise ValueError(complaint(argument, given, "one that is not compressed yet", "Compress the stock encoder instead"))
     for stock in FAMILIES:
         if type(config) is stock.config_class:
             return stock
