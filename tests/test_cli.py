@@ -265,7 +265,7 @@ def test_bench_compressors(encoder, tmp_path):
     [
         (["--ratio", "1"], "ratio: got '1', expected integers of at least 2"),
         (["--ratio", "two"], "ratio: got 'two'"),
-        (["--only", "magic"], "compressor: got 'magic', expected one of laco, pixel_shuffle"),
+        (["--only", "magic"], "only: got 'magic', expected one of laco, pixel_shuffle"),
         (["--llm", "gpt"], "llm: got 'gpt', expected one of 'llama-3.1-8b'"),
         (["--layer", "5"], "layer: got 5, expected 1 to 4"),
         (["--encoder", "no/such-encoder"], "encoder: got 'no/such-encoder'"),

@@ -39,8 +39,8 @@ def test_the_connectors_example_runs_as_written(tmp_path, monkeypatch, capsys):
 
 
 def test_the_operators_example_runs_as_written(tmp_path, monkeypatch):
-    assert len(EXAMPLES) == 5
-    names = run(EXAMPLES[4], {}, tmp_path, monkeypatch)
+    assert len(EXAMPLES) == 6
+    names = run(EXAMPLES[5], {}, tmp_path, monkeypatch)
     assert names["y"].shape == (2, 145, 64)
     assert names["z"].shape == (2, 144, 64)
     assert names["v"].shape == (2, 144, 64)
@@ -52,6 +52,14 @@ def test_the_compressors_example_runs_as_written(tmp_path, monkeypatch, capsys):
     assert names["tokens"].shape == (2, 144, 96)
     assert names["grid"] == (12, 12)
     assert capsys.readouterr().out == f"144 {sorted(COMPRESSORS)}\n"
+
+
+def test_the_multimodal_models_example_runs_as_written(tmp_path, monkeypatch, capsys):
+    names = run(EXAMPLES[4], {}, tmp_path, monkeypatch)
+    assert capsys.readouterr().out == "ImageTokens(image_size=(384, 384), patches=(27, 27), tokens=196)\n"
+    assert names["answer"].shape[1] <= names["inputs"]["input_ids"].shape[1] + 8
+    assert lk.hf.check_processor(names["reloaded"], names["again"]).tokens == 196
+    assert names["reloaded"].generate(**names["inputs"], max_new_tokens=8, do_sample=False).equal(names["answer"])
 
 
 def test_the_compressors_stand_where_the_table_says():

@@ -113,7 +113,7 @@ def test_names_are_checked():
     assert compressors.check_names(None) is None
     assert compressors.check_names("laco, tome") == ["laco", "tome"]
     assert compressors.check_names("tome,tome") == ["tome"]
-    with pytest.raises(ValueError, match=r"compressor: got 'lacoo', expected one of laco.*Did you mean 'laco'"):
+    with pytest.raises(ValueError, match=r"only: got 'lacoo', expected one of laco.*Did you mean 'laco'"):
         compressors.check_names("laco,lacoo")
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from laco_kernels.bench import cases, images
+from laco_kernels.hf.processor import load_image_processor
 
 SIZES = {"aimv2-l-336": 336, "siglip-so400m-384": 384, "internvit-300m-448": 448, "clip-l-336": 336}
 
@@ -35,7 +36,7 @@ def test_the_bundled_photo_is_a_photo():
 
 @pytest.mark.parametrize("name", cases.encoder_names())
 def test_real_processors_make_pixel_values(name, tmp_path):
-    processor = images.load_processor(str(cases.FOLDER / name))
+    processor = load_image_processor(str(cases.FOLDER / name))
     side = SIZES[name]
     photo().save(tmp_path / "a.png")
     photo().resize((900, 300)).save(tmp_path / "b.png")
@@ -116,4 +117,4 @@ def test_paths_that_do_not_exist_are_refused(tmp_path):
 
 def test_a_folder_without_a_processor_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"expected a checkpoint with a preprocessor_config\.json"):
-        images.load_processor(str(tmp_path))
+        load_image_processor(str(tmp_path))

@@ -354,5 +354,5 @@ def check_names(text: str | None) -> list[str] | None:
         return None
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
-        find_compressor(name)
+        find_compressor(name, "only")
     return names

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import transformers
 from matplotlib import cbook
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_processing_base import ImageProcessingMixin
 
 from laco_kernels.errors import complaint
 
@@ -90,23 +88,6 @@ def _reason(file: Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can read; convert it to JPEG or PNG"
     return f"damaged or unreadable ({str(error).strip() or type(error).__name__}); copy it again"
-
-
-def load_processor(source: str) -> Any:
-    """Load the image processor of a checkpoint's folder or hub name, in the variant that needs no torchvision.
-
-    Raises:
-        RuntimeError: if there is no processor that can be loaded.
-    """
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
-        kind = str(settings.get("image_processor_type") or settings["feature_extractor_type"])
-        name = kind.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor") + "Pil"
-        return getattr(transformers, name).from_pretrained(source)
-    except Exception as error:  # a damaged file raises whatever its reader raises
-        given = f"{source!r} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-        expected = "a checkpoint with a preprocessor_config.json that names an image processor of transformers"
-        raise RuntimeError(complaint("encoder", given, expected, "Save the image processor beside the model")) from error
 
 
 def batches(pixels: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:

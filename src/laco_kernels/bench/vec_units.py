@@ -73,6 +73,7 @@ def _measure(run: Run, device: torch.device, dtype: str, rounds: int | None, sec
     from transformers import AutoConfig, AutoModel
 
     from laco_kernels.bench import system
+    from laco_kernels.hf.processor import load_image_processor
 
     known = run.encoder.removeprefix("tiny-")
     if known != run.encoder:
@@ -83,7 +84,7 @@ def _measure(run: Run, device: torch.device, dtype: str, rounds: int | None, sec
         count = run.batch
     else:
         model, _ = system.load_encoder(known)
-        opened, _ = images.read_pixels(images.find_images([]), images.load_processor(str(cases.FOLDER / known)))
+        opened, _ = images.read_pixels(images.find_images([]), load_image_processor(str(cases.FOLDER / known)))
         pixels, count = images.batches(opened, run.batch), len(opened)
     model.to(device, getattr(torch, dtype))
     return system.measure_vec(

@@ -35,11 +35,12 @@ def load_work(name: str, images: Sequence[Path] | None, batch: int, step: Callab
     """
     from laco_kernels.bench import cases, system
     from laco_kernels.bench import images as photos
+    from laco_kernels.hf.processor import load_image_processor
 
     files = photos.find_images(images or [])
     step("loading the encoder", 0.0)
     encoder, weights = system.load_encoder(name)
-    processor = photos.load_processor(str(cases.FOLDER / name) if name in cases.encoder_names() else name)
+    processor = load_image_processor(str(cases.FOLDER / name) if name in cases.encoder_names() else name)
     step(f"reading {len(files)} photos", 0.0)
     opened, failures = photos.read_pixels(files, processor)
     for file, reason in failures.items():

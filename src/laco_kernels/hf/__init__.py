@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
     raise ImportError(f"laco_kernels.hf: got transformers {transformers.__version__}, expected 5.17 or newer. {INSTALL}")
 
+from laco_kernels.hf.build_llava import build_llava
 from laco_kernels.hf.compress import compress
 from laco_kernels.hf.encoders import (
     LacoAimv2VisionConfig,
@@ -31,8 +32,10 @@ from laco_kernels.hf.encoders import (
     LacoSiglipVisionConfig,
     LacoSiglipVisionModel,
 )
+from laco_kernels.hf.llava import LacoLlavaConfig, LacoLlavaForConditionalGeneration, LacoLlavaModel
 from laco_kernels.hf.optimize import optimize, restore
 from laco_kernels.hf.patch import patch, unpatch
+from laco_kernels.hf.processor import build_processor, check_processor
 
 __all__ = [
     "LacoAimv2VisionConfig",
@@ -41,8 +44,14 @@ __all__ = [
     "LacoCLIPVisionModel",
     "LacoInternVLVisionConfig",
     "LacoInternVLVisionModel",
+    "LacoLlavaConfig",
+    "LacoLlavaForConditionalGeneration",
+    "LacoLlavaModel",
     "LacoSiglipVisionConfig",
     "LacoSiglipVisionModel",
+    "build_llava",
+    "build_processor",
+    "check_processor",
     "compress",
     "optimize",
     "patch",

@@ -74,8 +74,8 @@ def compress(
             checkpoint lacks weights of the encoder.
         RuntimeError: a checkpoint cannot be read, for instance a hub name without a network.
     """
-    config, source = _resolve(encoder)
-    stock = _stock_class(config)
+    config, source = resolve("encoder", encoder)
+    stock = stock_class("encoder", config)
     if isinstance(source, PreTrainedModel) and type(source) is not stock:
         # A subclass may do something else, which the compressed class would not.
         remedy = "Pass the vision model inside it, such as model.vision_model"
@@ -101,19 +101,20 @@ def compress(
     return model
 
 
-def load_stock(source: str) -> PreTrainedModel:
+def load_stock(source: str, argument: str = "encoder") -> PreTrainedModel:
     """Load the stock vision encoder of a checkpoint, which may be that of a larger model (CLIP, InternVL, LLaVA).
 
     Args:
         source: a local folder or hub name; weights in safetensors format.
+        argument: what complaints call it.
 
     Raises:
         TypeError: the checkpoint holds no supported encoder.
         ValueError: it lacks weights of the encoder.
         RuntimeError: it cannot be read.
     """
-    config, _ = _resolve(source)
-    stock = _stock_class(config)
+    config, _ = resolve(argument, source)
+    stock = stock_class(argument, config)
     try:
         model, info = stock.from_pretrained(
             source,
@@ -125,12 +126,12 @@ def load_stock(source: str) -> PreTrainedModel:
             key_mapping={r"^(model\.)?(vision_tower\.vision_model|vision_tower|vision_model)\.": ""},
         )
     except Exception as error:  # a damaged file raises whatever its reader raises
-        raise _unreadable(source, error) from error
+        raise unreadable(argument, source, error) from error
     lacking = [*sorted(info["missing_keys"]), *map(str, info["mismatched_keys"])]
     if lacking:
         given = f"{source!r}, which lacks or misshapes {', '.join(lacking[:3])}"
         remedy = f"Load the encoder with transformers and pass the {stock.__name__} itself"
-        raise ValueError(complaint("encoder", given, f"all weights of a {stock.__name__}", remedy))
+        raise ValueError(complaint(argument, given, f"all weights of a {stock.__name__}", remedy))
     return model
 
 
@@ -176,8 +177,13 @@ def _plain(option: Any) -> Any:
     return float(option) if isinstance(option, Real) else option
 
 
-def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str | None]:
-    """Return the vision config and what to take weights from: a model, a checkpoint's name, or nothing."""
+def resolve(argument: str, encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str | None]:
+    """Return the vision config and what to take weights from: a model, a checkpoint's name, or nothing.
+
+    Raises:
+        TypeError: ``encoder``, the value of ``argument``, is none of these.
+        RuntimeError: a checkpoint cannot be read.
+    """
     config: PreTrainedConfig
     source: PreTrainedModel | str | None = None
     if isinstance(encoder, PreTrainedModel):
@@ -186,26 +192,32 @@ def _resolve(encoder: object) -> tuple[PreTrainedConfig, PreTrainedModel | str |
         config = getattr(encoder, "vision_config", encoder)
     elif isinstance(encoder, (str, os.PathLike)):
         source = os.fspath(encoder)
-        config = _read_config(source)
+        config = read_config(argument, source)
         config = getattr(config, "vision_config", config)
     else:
         remedy = "Pass the vision model itself: before torch.compile, and out of PEFT by get_base_model()"
         expected = f"a model ({_supported()}), a config, a local folder or a hub name"
-        raise TypeError(complaint("encoder", type(encoder).__name__, expected, remedy))
-    if isinstance(config, CompressionConfig):
-        given = f"a {config.model_type} that merges after layer {config.compression['layer']}"
-        raise ValueError(complaint("encoder", given, "one that is not compressed yet", "Compress the stock encoder instead"))
+        raise TypeError(complaint(argument, type(encoder).__name__, expected, remedy))
     return config, source
 
 
-def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def stock_class(argument: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the stock encoder that a vision config is of.
+
+    Raises:
+        TypeError: it is none that can be compressed.
+        ValueError: it is compressed already.
+    """
+    if isinstance(config, CompressionConfig):
+        given = f"a {config.model_type} that merges after layer {config.compression['layer']}"
+        raise ValueError(complaint(argument, given, "one that is not compressed yet", "Compress the stock encoder instead"))
     for stock in FAMILIES:
         if type(config) is stock.config_class:
             return stock
     remedy = "Pass a vision model of one of these families"
     if hasattr(config, "vision_config"):
         remedy = "Pass the vision tower inside it, such as model.vision_model or model.model.vision_tower"
-    raise TypeError(complaint("encoder", f"a model of type {config.model_type!r}", f"one of {_supported()}", remedy))
+    raise TypeError(complaint(argument, f"a model of type {config.model_type!r}", f"one of {_supported()}", remedy))
 
 
 def _supported() -> str:
@@ -262,14 +274,16 @@ def _tensors(model: PreTrainedModel) -> list[tuple[str, str, torch.Tensor]]:
     ]
 
 
-def _read_config(source: str) -> PreTrainedConfig:
+def read_config(argument: str, source: str) -> PreTrainedConfig:
+    """Read the config of a checkpoint; RuntimeError where that cannot be done."""
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged config raises whatever its parts raise
-        raise _unreadable(source, error) from error
+        raise unreadable(argument, source, error) from error
 
 
-def _unreadable(source: str, error: Exception) -> RuntimeError:
+def unreadable(argument: str, source: str, error: Exception) -> RuntimeError:
+    """Return the complaint that the checkpoint given as ``argument`` cannot be read."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if source and Path(source).is_dir():
         expected = "a folder with config.json and model.safetensors"
@@ -277,4 +291,4 @@ def _unreadable(source: str, error: Exception) -> RuntimeError:
     else:
         expected = "an existing local folder, or a hub name with a network or a filled cache"
         remedy = "Check the spelling and the connection, or download the checkpoint and pass its folder"
-    return RuntimeError(complaint("encoder", f"{source!r} ({reason})", expected, remedy))
+    return RuntimeError(complaint(argument, f"{source!r} ({reason})", expected, remedy))

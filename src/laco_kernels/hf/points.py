@@ -101,7 +101,7 @@ def build_merges(config: Any, device: torch.device | str | None = None) -> list[
         remedy = f"It stands {' or '.join(kind.places)} an encoder: lk.nn.build_compressor({name!r}, ...)"
         raise ValueError(complaint("compressor", repr(name), f"one that may stand inside: {inside}", remedy))
     common = {"in_dim": config.hidden_size, "place": "inside", "prefix_tokens": config.prefix_tokens, "pad": True, **options}
-    first = _grid_of(config, *sides(config.image_size))
+    first = grid_of(config, *sides(config.image_size))
     grid: Grid | None = first
     count = math.prod(first)
     merges: list[Compressor] = []
@@ -165,7 +165,7 @@ def route_of(config: CompressionConfig, merges: Sequence[Compressor], height: in
 
     An odd grid keeps raster order: padding tokens must not enter attention, so there are no complete blocks.
     """
-    grid: Grid | None = _grid_of(config, height, width)
+    grid: Grid | None = grid_of(config, height, width)
     grids, stages = [], []
     ordered = config.compression["layout"] == "block"
     for merge in merges:
@@ -180,7 +180,8 @@ def route_of(config: CompressionConfig, merges: Sequence[Compressor], height: in
     return Route(tuple(grids), Cascade(tuple(stages)) if stages else None)
 
 
-def _grid_of(config: CompressionConfig, height: int, width: int) -> Grid:
+def grid_of(config: Any, height: int, width: int) -> Grid:
+    """Return an image of ``height x width`` pixels in an encoder's patches."""
     patch_height, patch_width = sides(config.patch_size)
     return height // patch_height, width // patch_width
 

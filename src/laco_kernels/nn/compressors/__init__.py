@@ -69,14 +69,14 @@ _MODELS = {
 }
 
 
-def find_compressor(name: object) -> type[Compressor]:
-    """Return the class of that name; ValueError with the closest names where there is none."""
+def find_compressor(name: object, argument: str = "compressor") -> type[Compressor]:
+    """Return the class of that name, the value of ``argument``; ValueError with the closest names where there is none."""
     if not isinstance(name, str) or name not in COMPRESSORS:
         known = difflib.get_close_matches(str(name), {**_MODELS, **dict.fromkeys(COMPRESSORS)}, n=3, cutoff=0.5)
         close = list(dict.fromkeys(_MODELS.get(match, match) for match in known if isinstance(name, str)))
         remedy = f"Did you mean {' or '.join(map(repr, close))}" if close else "Pass one of these"
-        raise ValueError(complaint("compressor", repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
-    return COMPRESSORS[str(name)]
+        raise ValueError(complaint(argument, repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
+    return COMPRESSORS[name]
 
 
 def check_options(kind: type[Compressor], options: Mapping[str, Any], fixed: Collection[str] = ()) -> None:
