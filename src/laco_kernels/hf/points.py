@@ -39,7 +39,7 @@ class CompressionConfig:
     _attn_implementation: str | None
 
 
-FIXED_OPTIONS = ("in_dim", "out_dim", "ratio", "place", "prefix_tokens", "pad", "grid")
+FIXED_OPTIONS = ("in_dim", "out_dim", "ratio", "place", "prefix_tokens", "pad")
 
 
 def points_of(config: Any) -> list[tuple[int, int]]:
@@ -95,7 +95,7 @@ def build_merges(config: Any, device: torch.device | str | None = None) -> list[
     check_choice("layout", config.compression["layout"], LAYOUTS)
     if not isinstance(options, dict):
         raise ValueError(complaint("options", repr(options), "a dictionary, empty for none", "Pass options={}"))
-    check_options(kind, options, FIXED_OPTIONS)
+    check_options(kind, options, (*FIXED_OPTIONS, "grid"))
     if "inside" not in kind.places:
         inside = ", ".join(name for name, other in COMPRESSORS.items() if "inside" in other.places)
         remedy = f"It stands {' or '.join(kind.places)} an encoder: lk.nn.build_compressor({name!r}, ...)"
