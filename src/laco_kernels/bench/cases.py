@@ -49,8 +49,8 @@ def paper_ratio(encoder: str, depth: Fraction) -> float | None:
     return times[Fraction(1)] / times[depth] if depth in times else None
 
 
-def parse_depths(text: str) -> list[Fraction]:
-    """Read a list such as ``"1/12,1/4,1"``; 1, the yardstick, is added where it is missing.
+def parse_depths(text: str, yardstick: Fraction | None = Fraction(1)) -> list[Fraction]:
+    """Read a list such as ``"1/12,1/4,1"``; ``yardstick``, if there is one, is added where it is missing.
 
     Raises:
         ValueError: if an entry is not a fraction in (0, 1].
@@ -65,4 +65,4 @@ def parse_depths(text: str) -> list[Fraction]:
             remedy = f"Pass a list such as {DEFAULT_DEPTHS}"
             raise ValueError(complaint("depths", repr(part.strip()), "fractions in (0, 1]", remedy))
         depths.append(depth)
-    return sorted({*depths, Fraction(1)})
+    return sorted({*depths} if yardstick is None else {*depths, yardstick})
