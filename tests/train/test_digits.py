@@ -36,6 +36,13 @@ def test_every_quadrant_shows_its_digit():
         torch.testing.assert_close(match.amax(1), torch.ones(32))
 
 
+def test_no_digit_is_cut_off(monkeypatch):
+    ink = digits._glyphs().sum((1, 2))
+    monkeypatch.setattr(digits, "GLYPH_HEIGHT", 30)
+    monkeypatch.setattr(digits, "GLYPH_WIDTH", 30)
+    torch.testing.assert_close(ink, digits._glyphs.__wrapped__().sum((1, 2)))
+
+
 def test_digits_differ_in_place_and_colour():
     pixels, labels = draw(0, count=256, noise=0.0)
     first = (pixels * digits.SPREAD + digits.MEAN)[:, :, :16, :16][labels[:, 0] == 7]

@@ -16,7 +16,8 @@ from laco_kernels.geometry import integer
 
 SIDE, QUADRANTS, CLASSES = 32, 4, 10
 CELL = SIDE // 2
-GLYPH_HEIGHT, GLYPH_WIDTH, POINTS = 12, 10, 14  # POINTS of DejaVu Sans Bold make digits that fill such a box
+GLYPH_HEIGHT, GLYPH_WIDTH, POINTS = 13, 12, 16  # POINTS of DejaVu Sans Bold make digits that fill such a box
+NOISE = 0.3
 MEAN, SPREAD = 0.1, 0.25  # of pixel values, about; what comes out has zero mean and unit variance, about
 
 
@@ -27,7 +28,7 @@ class Digits(NamedTuple):
     labels: torch.Tensor  # [B, 4], int64, quadrants row by row
 
 
-def draw_digits(count: int, generator: torch.Generator, *, noise: float = 0.25) -> Digits:
+def draw_digits(count: int, generator: torch.Generator, *, noise: float = NOISE) -> Digits:
     """Draw ``count`` pictures: in each quadrant a random digit in a random colour at a random place, and noise everywhere.
 
     Digits are matplotlib's own DejaVu Sans Bold, so that they are the same on every machine.
@@ -62,6 +63,8 @@ def _glyphs() -> torch.Tensor:
     glyphs = []
     for digit in range(CLASSES):
         image = Image.new("L", (GLYPH_WIDTH, GLYPH_HEIGHT))
-        ImageDraw.Draw(image).text((GLYPH_WIDTH / 2, GLYPH_HEIGHT / 2), str(digit), fill=255, font=font, anchor="mm")
+        left, top, right, bottom = font.getbbox(str(digit))
+        corner = (GLYPH_WIDTH - right + left) // 2 - left, (GLYPH_HEIGHT - bottom + top) // 2 - top
+        ImageDraw.Draw(image).text(corner, str(digit), fill=255, font=font)
         glyphs.append(torch.from_numpy(np.array(image, dtype=np.float32)) / 255)
     return torch.stack(glyphs)
