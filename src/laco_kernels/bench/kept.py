@@ -188,12 +188,11 @@ def _curves(
     curves, left_out = [], {}
     for name in names:
         kind = COMPRESSORS[name]
-        options: dict[str, Any] = {"grid": grid} if "grid" in inspect.signature(kind).parameters else {}
         try:
-            merge = _compress(encoder, 0, compressor=name, layer=1, ratio=ratio, **options).merges[0]
-            for residual, switch in _variations(kind, learns=any(True for _ in merge.parameters())):
-                made = _compress(encoder, 0, compressor=name, layer=1, ratio=ratio, **options, **switch).merges[0]
-                curves.append(_Curve(name, residual, {**options, **switch}, residual != NONE, made.out_grid(grid)))
+            merge = _compress(encoder, 0, compressor=name, layer=1, ratio=ratio).merges[0]
+            for residual, options in _variations(kind, learns=any(True for _ in merge.parameters())):
+                made = _compress(encoder, 0, compressor=name, layer=1, ratio=ratio, **options).merges[0]
+                curves.append(_Curve(name, residual, options, residual != NONE, made.out_grid(grid)))
         except (TypeError, ValueError) as error:
             left_out[name] = str(error)
     return curves, left_out

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from laco_kernels.bench.kept import Cosine, KeptResult, KeptRow
 
-MEASURES = {"windows": "windows", "mean_token": "image's mean token"}
+MEASURES = {"windows": "windows", "mean_token": "mean token"}
 LINES = {ON: "-", OFF: "--", DRAWN: "-.", NONE: ":"}
 MEANINGS = {ON: "with the residual", OFF: "without", DRAWN: "with it, all weights drawn", NONE: "no parameters"}
 MARKERS = "osD^vPX"
@@ -64,27 +64,37 @@ def findings(result: KeptResult) -> list[str]:
     """Say what the figures show, whichever way that is."""
     lines = []
     for depth in result.depths:
-        rows = [row for row in result.rows if row.depth == depth and row.windows is not None]
-        kept = {(row.compressor, row.residual): row.windows.mean for row in rows if row.windows is not None}
-        pairs = [(kept[name, ON], kept[name, OFF]) for name, residual in kept if residual == ON and (name, OFF) in kept]
+        kept = {
+            (row.compressor, row.residual): row.windows.mean
+            for row in result.rows
+            if row.depth == depth and row.windows is not None
+        }
         if not kept:
             continue
-        best = f"{max(kept.values()):.2f}"
-        names = [_label(*key) for key, value in kept.items() if f"{value:.2f}" == best]
-        text = f"{depth_label(depth)}: closest is {', '.join(names)} ({best})."
+        first = max(kept, key=lambda key: kept[key])
+        level = sum(kept[first] - value < 0.005 for value in kept.values()) - 1
+        text = f"{depth_label(depth)}: closest is {_label(*first)} ({kept[first]:.2f})"
+        text += f", {level} more within 0.005." if level else "."
+        pairs = [(kept[name, ON], kept[name, OFF]) for name, residual in kept if residual == ON and (name, OFF) in kept]
         if pairs:
             better = sum(on > off for on, off in pairs)
             on, off = (statistics.mean(side) for side in zip(*pairs, strict=True))
             text += f" With the residual {better} of {len(pairs)} come closer than without, on average {on:.2f} to {off:.2f}."
         lines.append(text)
-    if result.other_windows is not None and result.other_mean_token is not None:
-        off = [row.windows.mean for row in result.rows if row.windows is not None and row.residual == OFF]
-        below = sum(value <= result.other_windows for value in off)
-        text = f"Another image's features: {result.other_windows:.2f} by windows, {result.other_mean_token:.2f} by mean token."
-        text += f" Of {len(off)} figures without the residual {below} by windows are no closer." if off else ""
-        lines.append(text)
+    for measure, other in (("windows", result.other_windows), ("mean_token", result.other_mean_token)):
+        if other is not None:
+            lines.append(_against_another_image(result, measure, other))
     lines += [f"Left out: {name} ({reason})" for name, reason in result.left_out.items()]
     return lines
+
+
+def _against_another_image(result: KeptResult, measure: str, other: float) -> str:
+    counts = []
+    for kind, words in ((ON, "with the residual"), (OFF, "without"), (NONE, "without parameters")):
+        values = [cosine.mean for row in result.rows if row.residual == kind and (cosine := _value(row, measure)) is not None]
+        if values:
+            counts.append(f"{sum(value <= other for value in values)} of {len(values)} {words}")
+    return f"By {MEASURES[measure]} another image's features reach {other:.2f}; no closer are {', '.join(counts)}."
 
 
 def tables(result: KeptResult) -> list[Table]:
