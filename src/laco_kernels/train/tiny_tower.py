@@ -86,7 +86,7 @@ def pretrain_tiny_tower(
     stay as they are.
 
     Args:
-        steps: how many; 1,500 take one to two minutes on two CPU cores.
+        steps: how many; 1,500 take 100 s on two CPU cores.
         batch: pictures a step.
         seed: of weights and pictures.
         on_step: called before every step with what it is and how much of the whole is done.
