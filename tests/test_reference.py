@@ -241,3 +241,10 @@ def test_backward_of_multi_block_linear_gelu_is_its_gradient(blocks):
         inputs,
         lambda tensors: (tensors[:blocks], *tensors[blocks:]),
     )
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 5)])
+def test_the_windows_mean_does_not_overflow(grid):
+    x = torch.full((1, grid[0] * grid[1], 8), 3e4, dtype=torch.float16)
+    mean = reference.residual(x, Windows(grid, 2, pad=True), "mean")
+    assert torch.equal(mean, torch.full_like(mean, 3e4))

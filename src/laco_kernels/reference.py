@@ -46,8 +46,9 @@ def residual(x: torch.Tensor, windows: Windows, kind: str, layout: str = "raster
     tokens = merged.reshape(batch, windows.num_windows, area, channels)
     if windows.is_even:
         return tokens.mean(2)
-    ones = torch.ones(1, windows.num_patches, 1, dtype=x.dtype, device=x.device)
-    return tokens.sum(2) / windows.split(ones).sum(2)
+    wide = torch.promote_types(x.dtype, torch.float32)  # as mean() sums, so that nothing overflows
+    ones = torch.ones(1, windows.num_patches, 1, dtype=wide, device=x.device)
+    return (tokens.sum(2, dtype=wide) / windows.split(ones).sum(2)).to(x.dtype)
 
 
 def gelu_backward(grad: torch.Tensor, pre: torch.Tensor, approximate: str) -> torch.Tensor:

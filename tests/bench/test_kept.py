@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from laco_kernels.bench import kept, kept_report
+from laco_kernels.hf.compress import compress
 from laco_kernels.nn import COMPRESSORS
 
 from ..hf.encoders import pixels, stock
@@ -203,3 +204,15 @@ def test_files_hold_everything_and_overwrite_nothing(tmp_path):
     with Image.open(paths[2]) as picture:
         assert picture.size[0] > 1000
     assert [path.stem for path in kept_report.write(result, tmp_path)] == ["kept-small-ratio2-2"] * 3
+
+
+def test_a_merged_token_counts_as_often_as_it_has_patches():
+    encoder, images = stock("siglip", 8), pixels(8)
+    (curve,), _ = kept._curves(encoder, ["tome"], 2, (8, 8))
+    _, means = kept._run(encoder, curve, 4, 2, [images], 0)
+    merged = compress(encoder, compressor="tome", depth=1)
+    with torch.no_grad():
+        features = merged(images).last_hidden_state
+    sizes = merged.merging_layers[0].journey.sizes.double()
+    torch.testing.assert_close(means[:, 0], torch.einsum("bnc,bn->bc", features, sizes) / 64)
+    assert (features.mean(1) - means[:, 0]).abs().max() > 1e-3

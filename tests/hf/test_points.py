@@ -290,9 +290,10 @@ def test_attention_in_proportion_needs_a_bias(family, attention):
     model.config._attn_implementation = attention
     with pytest.raises(RuntimeError, match=rf"attn_implementation: got '{attention}'.*expected one of 'sdpa', 'eager'"):
         model(pixels())
-    config = lk.hf.compress(stock(family), compressor="tome", layer=1, proportional=False).config
-    config._attn_implementation = "eager"
-    type(model)(config)
+    for options in ({"layer": 1, "proportional": False}, {"depth": 1}):  # no layer behind it that would need one
+        model = lk.hf.compress(stock(family), compressor="tome", **options)
+        model.config._attn_implementation = attention
+        model._check_bias()
 
 
 def test_scores_by_a_class_token_that_is_not_there():

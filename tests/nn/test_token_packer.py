@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import laco_kernels as lk
 from laco_kernels.geometry import Windows
 from laco_kernels.nn.compressors import attention
-from laco_kernels.nn.compressors.token_packer import HIDDEN_STATES
+from laco_kernels.nn.compressors.token_packer import HIDDEN_STATES, downsample
 
 from . import yardstick
 
@@ -166,3 +166,9 @@ def test_it_refuses_inputs():
         compressor(torch.zeros(2, 24, 8), (4, 6))
     with pytest.raises(ValueError, match="grid: got 5 x 6, expected both sides divisible by 2"):
         compressor([torch.zeros(2, 30, 8)] * 4, (5, 6))
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 5)])
+def test_its_queries_do_not_overflow(grid):
+    x = torch.full((1, grid[0] * grid[1], 1), 3e4, dtype=torch.float16)
+    assert downsample(x, Windows(grid, 2, pad=True), "raster").isfinite().all()

@@ -139,16 +139,16 @@ def measure_kept(
         for j, (depth, layer) in enumerate(layers.items()):
             on_step(f"{curve.compressor} @{depth}", (i + j / len(layers)) / len(curves))
             outs = [_run(encoder, curve, layer, ratio, pixel_batches, seed) for seed in range(seeds if curve.learns else 1)]
-            kept = [_cosines(patches, pooled) for patches in outs] if curve.out_grid == windows.out_grid else None
+            kept = [_cosines(patches, pooled) for patches, _ in outs] if curve.out_grid == windows.out_grid else None
             rows.append(
                 KeptRow(
                     compressor=curve.compressor,
                     residual=curve.residual,
                     depth=depth,
                     layer=layer,
-                    tokens=outs[0].shape[1],
+                    tokens=outs[0][0].shape[1],
                     windows=None if kept is None else _summarise(kept),
-                    mean_token=_summarise([_cosines(patches.mean(1, keepdim=True), mean) for patches in outs]),
+                    mean_token=_summarise([_cosines(token, mean) for _, token in outs]),
                 )
             )
     return KeptResult(
@@ -212,11 +212,19 @@ def _variations(kind: type[Compressor], *, learns: bool) -> Iterator[tuple[str, 
 
 def _run(
     encoder: PreTrainedModel, curve: _Curve, layer: int, ratio: int, pixel_batches: Sequence[torch.Tensor], seed: int
-) -> torch.Tensor:
-    """Return the final patch features ``[images, N', C]`` of ``encoder`` with a freshly drawn compressor."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the final patch features ``[images, N', C]`` of ``encoder`` with a freshly drawn compressor, and their mean."""
     model = _compress(encoder, seed, compressor=curve.compressor, layer=layer, ratio=ratio, **curve.options)
     patches = math.prod(curve.out_grid) if curve.out_grid is not None else None
-    return torch.cat([_patches(model, batch, patches) for batch in pixel_batches])
+    features, means = [], []
+    for batch in pixel_batches:
+        tokens = _patches(model, batch, patches)
+        journey = model.merging_layers[-1].journey
+        sizes = None if journey is None else journey.sizes  # how many patches each token stands for, where that is counted
+        shares = torch.ones_like(tokens[..., :1]) if sizes is None else sizes[:, -tokens.shape[1] :, None].double()
+        features.append(tokens)
+        means.append((tokens * shares / shares.sum(1, keepdim=True)).sum(1, keepdim=True))
+    return torch.cat(features), torch.cat(means)
 
 
 def _compress(encoder: PreTrainedModel, seed: int, **options: Any) -> CompressedEncoder:

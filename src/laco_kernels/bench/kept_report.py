@@ -46,7 +46,8 @@ def legend(result: KeptResult) -> str:
     parts = [
         "Cosine between last_hidden_state of the frozen encoder with an untrained compressor inside and without one, the "
         "latter averaged over each window; mean\N{PLUS-MINUS SIGN}standard deviation over images and draws. "
-        "The mean token is that of all patches of an image."
+        "The mean token is that of all patches of an image: a merged token counts as often as it has patches (tome), "
+        "dropped ones do not count (visionzip, prumerge_plus)."
     ]
     kinds = {row.residual for row in result.rows}
     if DRAWN in kinds:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Sequence
 from fractions import Fraction
@@ -172,8 +174,8 @@ def _plain(option: Any) -> Any:
         return [_plain(part) for part in option]
     if type(option).__name__ in ("bool_", "bool"):
         return bool(option)
-    if hasattr(option, "__index__"):
-        return int(option)
+    with contextlib.suppress(TypeError, ValueError):  # an array of several numbers is left to whoever looks at it
+        return operator.index(option)
     return float(option) if isinstance(option, Real) else option
 
 

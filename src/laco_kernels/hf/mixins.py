@@ -165,7 +165,7 @@ class CompressedEncoder(PreTrainedModel):
             point = numbers.index(i) if i in numbers else 0
             if i in numbers or in_proportion:
                 merge = merges[point] if i in numbers else None
-                layers[i] = self.layer_class(config, merge, point, in_proportion=in_proportion)
+                layers[i] = self.layer_class(config, merge, point, in_proportion=in_proportion and i > numbers[0])
         self.post_init()
         self._check_bias()
 

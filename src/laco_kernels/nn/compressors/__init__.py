@@ -72,8 +72,10 @@ _MODELS = {
 def find_compressor(name: object, argument: str = "compressor") -> type[Compressor]:
     """Return the class of that name, the value of ``argument``; ValueError with the closest names where there is none."""
     if not isinstance(name, str) or name not in COMPRESSORS:
-        known = difflib.get_close_matches(str(name), {**_MODELS, **dict.fromkeys(COMPRESSORS)}, n=3, cutoff=0.5)
-        close = list(dict.fromkeys(_MODELS.get(match, match) for match in known if isinstance(name, str)))
+        known = {**_MODELS, **{own: own for own in COMPRESSORS}}
+        wanted = name.lower() if isinstance(name, str) else ""
+        matches = [wanted] if wanted in known else difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+        close = list(dict.fromkeys(known[match] for match in matches))
         remedy = f"Did you mean {' or '.join(map(repr, close))}" if close else "Pass one of these"
         raise ValueError(complaint(argument, repr(name), f"one of {', '.join(COMPRESSORS)}", remedy))
     return COMPRESSORS[name]

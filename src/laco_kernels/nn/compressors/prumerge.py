@@ -19,6 +19,8 @@ class PruMergePlus(AttentionCompressor):
     outliers among the scores; here it is the same for all, so that images form a batch. They also compare keys of all heads
     side by side, and add the pruned tokens to the kept one instead of averaging, which changes its scale.
 
+    Scores are one number a token; the cosines are N' x (N - N') numbers.
+
     Args:
         in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
         neighbours: pruned tokens merged into a kept one; 32, or all where there are fewer.

@@ -108,7 +108,7 @@ def downsample(tokens: torch.Tensor, windows: Windows, layout: str) -> torch.Ten
     central[:, :, first : last + 1, first : last + 1] = 1
     weights = central.flatten(2, 3) * real
     weights = torch.where(weights.sum(2, keepdim=True) > 0, weights, real)
-    return (split * weights).sum(2) / weights.sum(2)
+    return (split * (weights / weights.sum(2, keepdim=True))).sum(2)
 
 
 def _split(tokens: torch.Tensor, windows: Windows, layout: str) -> torch.Tensor:

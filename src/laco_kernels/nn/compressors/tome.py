@@ -15,9 +15,10 @@ class Tome(AttentionCompressor):
 
     Tokens at even and at odd places form two sets. Each even one finds the odd one whose key, averaged over heads, has the
     largest cosine to its own; the pairs most alike are merged into means weighted by how many patches a token stands for.
-    That at most halves the tokens, so a quarter takes two rounds. Inside an encoder the layers behind it attend in proportion:
-    ``log(size)`` is added to the attention logits of a token that stands for ``size`` patches, as the bias of SDPA. (A pooling
-    head behind the encoder does not.) The authors merge between a layer's attention and its MLP; here it is behind the layer.
+    That at most halves the tokens, so a quarter takes two rounds; the cosines are N / 2 x N / 2 numbers. Inside an encoder the
+    layers behind it attend in proportion: ``log(size)`` is added to the attention logits of a token that stands for ``size``
+    patches, as the bias of SDPA. (A pooling head behind the encoder does not.) The authors merge between a layer's attention
+    and its MLP; here it is behind the layer.
 
     Args:
         in_dim, out_dim, ratio, place, prefix_tokens, num_tokens: those of :class:`AttentionCompressor`.
@@ -77,7 +78,7 @@ def _merge_pairs(
     order = best.argsort(dim=1, descending=True, stable=True)
     merged, kept = order[:, : min(surplus, count // 2)], order[:, min(surplus, count // 2) :]
     # A product with zeros and ones, as adding up at an index in parallel has no fixed order.
-    joins = torch.nn.functional.one_hot(rows(partner, merged), count // 2).to(patches.dtype).transpose(1, 2)  # [B, N / 2, n]
+    joins = patches.new_zeros(len(patches), count // 2, merged.shape[1]).scatter(1, rows(partner, merged).unsqueeze(1), 1)
     gone = rows(sizes[:, ::2], merged)
     total = sizes[:, 1::2] + (joins @ gone.unsqueeze(2))[..., 0]
     new_sizes = torch.cat([rows(sizes[:, ::2], kept), total], 1)
