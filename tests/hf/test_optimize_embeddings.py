@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import laco_kernels as lk
 from laco_kernels.geometry import Cascade
-from laco_kernels.hf import fused, fused_embeddings
+from laco_kernels.hf import fused_embeddings, fusing
 from tests.hf.encoders import STOCK, compressed, pixels, stock
 from tests.hf.optimised import classes, features
 
@@ -319,14 +319,14 @@ def test_few_tokens_are_left_to_the_copy_unless_launches_are_free(monkeypatch, r
     model = compressed(stock("siglip"), layer=2)
     expected = features(model, pixels())
     lk.hf.optimize(model)
-    monkeypatch.setattr(fused, "LEAST", {False: 0, True: 0})
+    monkeypatch.setattr(fusing, "LEAST", {False: 0, True: 0})
     assert torch.equal(features(model, pixels()), expected), "on a processor nothing changes, however many tokens"
     reordered.clear()
     monkeypatch.setattr(fused_embeddings.PatchProduct, "applies", lambda *_: True)
-    monkeypatch.setattr(fused, "LEAST", {False: 3 * 16 * 32, True: 4 * 16 * 32})
+    monkeypatch.setattr(fusing, "LEAST", {False: 3 * 16 * 32, True: 4 * 16 * 32})
     for batch in (2, 3):
         features(model, pixels(batch=batch))
-    with fused.launches_are_free():
+    with fusing.launches_are_free():
         features(model, pixels(batch=2))
     model(pixels(batch=3))
     model(pixels(batch=4))

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import laco_kernels as lk
-from laco_kernels.hf import fused
+from laco_kernels.hf import fusing
 from tests.hf.encoders import pixels
 from tests.hf.optimised import classes, features, made, packs_of
 
 
 def are_together(model):
-    return [pack.is_together(*pack.parameters()) for pack in packs_of(model)]
+    return [pack.is_together() for pack in packs_of(model)]
 
 
 def test_weights_are_read_as_one_until_they_move():
@@ -26,12 +26,12 @@ def test_weights_are_read_as_one_until_they_move():
     expected = features(model, x)
     with torch.no_grad():
         for pack in packs_of(model):
-            assert pack.weight.data_ptr() == pack.members[0].weight.data_ptr()
+            assert pack.weights.tensor.data_ptr() == pack.members[0].weight.data_ptr()
             pack.members[1].weight.mul_(2)  # in place: read where it lies
     changed = features(model, x)
     assert not torch.allclose(changed, expected)
     model.to(torch.float32)
-    assert all(pack.weight is None for pack in packs_of(model)), "the memory that the parameters left is kept"
+    assert all(pack.weights.tensor is None for pack in packs_of(model)), "the memory that the parameters left is kept"
     model.to(torch.float64)
     assert not any(are_together(model))
     torch.testing.assert_close(features(model, x), changed, rtol=1e-4, atol=1e-4)
@@ -180,17 +180,57 @@ def test_nothing_waits_for_a_layer_that_does_not_come(change, gradients):
     assert not any(given() is not None for given in inputs), "an input waits for the next one"
 
 
-def test_what_waits_outside_a_layer_waits_until_the_next_product():
-    model, x = made("clip"), torch.randn(2, 3, 32, dtype=torch.float64)
+def test_outside_a_layer_every_product_is_its_own():
+    model, x = made("clip").float(), torch.randn(2, 3, 32, requires_grad=True)
     lk.hf.optimize(model, impl="reference")
-    first, second = (layer.self_attn for layer in model.encoder.layers[:2])
-    first.q_proj(x)
-    given, x = weakref.ref(x), x + 1
+    attention = model.encoder.layers[0].self_attn
+    for layer in (attention.k_proj, attention.q_proj):
+        layer(x).square().sum().backward()  # each graph once
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.k_proj(x)
+    assert attention.q_proj(x).dtype == torch.float32
+    with torch.no_grad():
+        attention.k_proj(x)
+        attention.q_proj.weight.zero_()
+        attention.q_proj.bias.zero_()
+        assert not attention.q_proj(x).any()
+    given, x = weakref.ref(x), None
     gc.collect()
-    assert given() is not None
-    second.v_proj(x)
-    gc.collect()
-    assert given() is None
+    assert given() is None, "an input waits"
+
+
+def changing(model):
+    """Let the weights of a layer change just before it is called, in place, as some quantisation does."""
+
+    def halve(layer, _):
+        with torch.no_grad():
+            layer.weight.mul_(0.5)
+
+    model.encoder.layers[0].self_attn.v_proj.register_forward_pre_hook(halve)
+
+
+def lowering(model):
+    """Let attention compute queries in another precision than keys and values."""
+    layer = model.encoder.layers[0].self_attn.q_proj
+    forward = layer.forward
+
+    def lower(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(x).to(x.dtype)
+
+    layer.forward = lower
+
+
+@pytest.mark.parametrize("change", [changing, lowering])
+def test_inside_a_layer_a_share_is_what_its_layer_would_compute(change):
+    results = []
+    for optimised in (False, True):
+        model, x = made("clip").float(), pixels().float()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        change(model)
+        results.append(features(model, x))
+    torch.testing.assert_close(*results)
 
 
 def test_of_two_models_one_inside_the_other_only_one_is_optimised():
@@ -225,4 +265,4 @@ def test_a_model_is_not_restored_around_one_that_was_optimised_by_itself():
     assert classes(outer) == before
     lk.hf.restore(inner)
     lk.hf.restore(outer)
-    assert not any(isinstance(module, fused.Fused) for module in outer.modules())
+    assert not any(isinstance(module, fusing.Fused) for module in outer.modules())

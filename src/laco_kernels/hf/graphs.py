@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from laco_kernels.errors import complaint
-from laco_kernels.hf.fused import launches_are_free
+from laco_kernels.hf.fusing import launches_are_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
