@@ -36,11 +36,7 @@ from laco_kernels.hf.fusing import Fused, implementation, is_patched, is_plain, 
 from laco_kernels.hf.packs import Call, PackedLinear, running
 from laco_kernels.ops.activation import run_activate, run_gated_silu
 from laco_kernels.ops.add_norm import run_add_norm
-
-
-def is_autocast(x: torch.Tensor) -> bool:
-    """Return whether autocast is on where ``x`` is."""
-    return torch.is_autocast_enabled(x.device.type)
+from laco_kernels.ops.checks import is_autocast
 
 
 def fits(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
@@ -180,9 +176,9 @@ class FusedLayer(Fused):
         kind = "layer" if is_layer else "rms"
         impl = implementation(self, "add_norm", hidden_states, kind)
         mixed = is_autocast(hidden_states)
-        if mixed and call is not None and is_plain(getattr(self, self.attention_name), *ATTENTIONS):
-            call.feeds = norm1
-        # Under autocast a foreign block gets its input in the precision that it always had.
+        # Under autocast foreign blocks and hooks get what a norm makes in the precision that it always had.
+        if mixed and call is not None and is_plain(norm1, *RMS_NORMS):
+            call.feeds = norm1 if is_plain(getattr(self, self.attention_name), *ATTENTIONS) else None
         if impl is None or not is_plain(norm2, nn.LayerNorm, *RMS_NORMS) or (mixed and not is_plain(mlp, *MLPS)):
             return super().forward(hidden_states, *args, **kwargs)
         bias = norm2.bias if is_layer else None

@@ -117,10 +117,10 @@ def optimize(
     _check(encoder, settings)
     if settings_of(encoder) != settings:
         restore(encoder)
-        if fuse:
-            _fuse(encoder, impl)
         _wrap_forward(encoder, settings)
         encoder.__dict__[KEPT] = Kept(settings)
+    if fuse:
+        _fuse(encoder, impl)  # also layers that have come since
     for pack in _packs(encoder):
         pack.lay_together()  # again, where they were moved, copied or replaced since
     return make_report(encoder, settings)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from laco_kernels.hf.fusing import Fused, is_transformed, know, pays
+from laco_kernels.ops.checks import is_autocast
 from laco_kernels.ops.packed_linear import lay_together, run_packed_linear
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ class Pack:
     def share(self, call: Call, member: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
         """Return what ``member`` makes of ``x``, or ``None`` where it has to compute it by itself."""
         shares = call.shares
-        autocast = torch.is_autocast_enabled(x.device.type)
-        state = (torch.is_grad_enabled(), autocast, None if x.is_inference() else x._version)
+        state = (torch.is_grad_enabled(), is_autocast(x), None if x.is_inference() else x._version)
         if self not in shares:
             shares[self] = None
             # A hook before a layer may change its weights or its input. A copy of a layer is no member.
