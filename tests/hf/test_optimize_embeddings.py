@@ -352,3 +352,29 @@ def test_transforms_compilers_and_fake_tensors(family):
     fused_embeddings.cuts_of.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert twin.embeddings(mode.from_tensor(x)).shape == expected.shape
+
+
+@pytest.mark.parametrize(("family", "name"), [("siglip", "patch_embedding"), ("internvl", "patch_embeddings.projection")])
+def test_a_compiled_patch_embedding_runs_as_it_is(family, name, reordered):
+    model, twin = pair(family)
+    twin.embeddings.get_submodule(name).compile(backend="eager")
+    torch.testing.assert_close(features(twin, pixels()), features(model, pixels()), rtol=1e-10, atol=1e-10)
+    assert reordered == [2, 2]
+
+
+def test_a_norm_without_epsilon_sees_no_zeros(reordered):
+    model, twin = pair("aimv2", rms_norm_eps=0.0)
+    found = features(twin, pixels())
+    assert reordered == [2]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, features(model, pixels()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ANY_SIZE)
+def test_images_smaller_than_a_patch_are_refused_as_ever(variant):
+    family, changes, options = VARIANTS[variant]
+    model = stock(family, **changes)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+            model(torch.zeros(1, 3, 7, 28, dtype=torch.float64), **options)
+        lk.hf.optimize(model, impl="reference")

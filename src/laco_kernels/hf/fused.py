@@ -39,12 +39,13 @@ from laco_kernels.ops.add_norm import run_add_norm
 from laco_kernels.ops.checks import is_autocast
 
 
-def fits(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
-    """Return whether an operator takes ``x [..., C]`` with these, of which the first must be there: ``[C]``, one dtype."""
-    if vectors[0] is None:
-        return False
-    mixed = is_autocast(x)
-    return all(v is None or (v.shape == x.shape[-1:] and (mixed or v.dtype == x.dtype)) for v in vectors)
+def fits(x: torch.Tensor, mixed: bool, *vectors: torch.Tensor | None) -> bool:
+    """Return whether an operator takes ``x [..., C]`` with these ``[C]``, at least the first, in one dtype or ``mixed``."""
+    shape, dtype = x.shape[-1:], x.dtype
+    for vector in vectors:
+        if vector is not None and (vector.shape != shape or (vector.dtype != dtype and not mixed)):
+            return False
+    return vectors[0] is not None
 
 
 class FusedRMSNorm(Fused):
@@ -55,17 +56,15 @@ class FusedRMSNorm(Fused):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise ``[..., C]``."""
-        impl = implementation(self, "add_norm", hidden_states, "rms")
-        if impl is None or self._keeps_its_precision(hidden_states) or not fits(hidden_states, self.weight):
+        impl, mixed = implementation(self, "add_norm", hidden_states, "rms"), is_autocast(hidden_states)
+        if impl is None or (mixed and not self._feeds_products()) or not fits(hidden_states, mixed, self.weight):
             return super().forward(hidden_states)
         return run_add_norm(hidden_states, None, self.weight, None, None, "rms", self.variance_epsilon, impl)[1]
 
-    def _keeps_its_precision(self, x: torch.Tensor) -> bool:
-        """Return whether autocast, which the operator follows, would lower the output for others than products."""
-        if not is_autocast(x):
-            return False
+    def _feeds_products(self) -> bool:
+        """Return whether nothing but products read the output, whose precision the operator lowers under autocast."""
         call = None if torch.compiler.is_compiling() else running.call
-        return call is None or call.feeds is not self
+        return call is not None and call.feeds is self
 
 
 class FusedAimv2RMSNorm(FusedRMSNorm, Aimv2RMSNorm):
@@ -105,10 +104,10 @@ class FusedAimv2MLP(Fused, Aimv2MLP):
 
     def _is_known(self) -> bool:
         """Return whether the layers passed over are those of the pack, in its order, and compute what they always did."""
-        layers = (self.gate_proj, self.up_proj)
-        if not all(is_plain(layer, PackedLinear) for layer in layers) or not is_plain(self.act_fn, *SILU):
+        gate, up = self.gate_proj, self.up_proj
+        if not is_plain(gate, PackedLinear) or not is_plain(up, PackedLinear) or not is_plain(self.act_fn, *SILU):
             return False
-        return all(own is layer for own, layer in zip(self.gate_proj.pack.members, layers, strict=True))
+        return gate.pack.members == [gate, up]
 
 
 class FusedQuickGELU(Fused, QuickGELUActivation):
@@ -170,7 +169,7 @@ class FusedLayer(Fused):
             running.call = outer
 
     def _run(self, call: Call | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        norm1, norm2 = (getattr(self, name) for name in self.norms)
+        norm1, norm2 = getattr(self, self.norms[0]), getattr(self, self.norms[1])
         mlp = getattr(self, self.mlp_name)
         is_layer = isinstance(norm2, nn.LayerNorm)
         kind = "layer" if is_layer else "rms"
@@ -182,8 +181,10 @@ class FusedLayer(Fused):
         if impl is None or not is_plain(norm2, nn.LayerNorm, *RMS_NORMS) or (mixed and not is_plain(mlp, *MLPS)):
             return super().forward(hidden_states, *args, **kwargs)
         bias = norm2.bias if is_layer else None
-        scale1, scale2 = (None, None) if self.scales is None else (getattr(self, name) for name in self.scales)
-        if not fits(hidden_states, norm2.weight, bias, scale1, scale2):
+        scale1 = scale2 = None
+        if self.scales is not None:
+            scale1, scale2 = getattr(self, self.scales[0]), getattr(self, self.scales[1])
+        if not fits(hidden_states, mixed, norm2.weight, bias, scale1, scale2):
             return super().forward(hidden_states, *args, **kwargs)
         attended = self.attend(norm1(hidden_states), *args, **kwargs)
         if mixed or attended.dtype == hidden_states.dtype:

@@ -67,7 +67,8 @@ class PatchProduct(Fused, nn.Conv2d):
         """Return whether this is a product for such images."""
         if not (pixels.is_cuda or self.impl is not None) or pixels.dim() != 4 or is_patched(type(self)):
             return False
-        return min(self.grid(pixels)) > 0
+        # For torch.jit.trace the numbers of a grid are tensors.
+        return torch._C._get_tracing_state() is None and min(self.grid(pixels)) > 0
 
     def grid(self, pixels: torch.Tensor) -> tuple[int, int]:
         """Return rows and columns of patches."""
@@ -132,8 +133,7 @@ class FusedEmbeddings(Fused, BlockOrderEmbeddings):
     def _cuts(self, order: Cascade, pixels: torch.Tensor, *options: Any) -> Cuts | None:
         """Return in which order to read the patches, or ``None`` for the stock code."""
         # A compiler puts the tokens in order while it adds the positions. A tensor is InternViT's mask, of every image its own.
-        # For torch.jit.trace the numbers of a grid are tensors.
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or is_patched(type(self)):
+        if torch.compiler.is_compiling() or is_patched(type(self)):
             return None
         if any(isinstance(option, torch.Tensor) for option in options):
             return None

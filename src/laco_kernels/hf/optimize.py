@@ -85,7 +85,9 @@ def optimize(
 
     Parameters, their names, hooks, outputs and gradients stay what they are; :func:`restore` undoes it. Each change looks
     at every call whether it applies, and leaves the stock code to run where it does not: on a CPU, under an adapter, beneath
-    a hook on a module that it would pass over, on so few tokens that launches are all that counts (there CUDA graphs help).
+    a hook on a module that it would pass over, where somebody has replaced a stock ``forward``, on so few tokens that launches
+    are all that counts (there CUDA graphs help). Under autocast hooks on the linear layers of attention and feed-forward block
+    may see inputs in autocast's dtype, to which these are cast in any case.
 
     Args:
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
@@ -98,18 +100,20 @@ def optimize(
         compile: run the forward pass through ``torch.compile``, by its own defaults; with ``graphs`` that is captured.
         impl: the kernels' implementation, as for the operators: ``None`` is the measured choice, and only that may leave a
             fusion inactive.
-        max_bytes: bound on the memory that graphs hold; those used least recently are dropped.
+        max_bytes: bound on the memory that graphs hold; those not used for long make room, and a shape for which there is none
+            runs as it is, with a warning.
         batch_sizes: with ``graphs``, pad batches to the next larger of these sizes.
         clone: with ``graphs``, return copies; without them an output is overwritten by the next call.
 
     Returns:
-        What was changed, how often, and what of it is inactive here and why; ``print`` it.
+        What was changed, how often, on what inputs, what of it is inactive here and why, and what somebody else has changed,
+        so that it was left; ``print`` it.
 
     Raises:
-        TypeError: ``encoder`` is no model, or one without layers of a known family.
+        TypeError: ``encoder`` is no model, or one without layers of a known family; an option is of the wrong type.
         ValueError: an option is out of range; ``encoder`` is sharded or offloaded, holds a model that was optimised by itself,
             or is part of one that was.
-        RuntimeError: ``impl`` cannot run here.
+        RuntimeError: ``impl`` cannot run here, or new settings need a :func:`restore` that is refused.
     """
     _check_options(fuse=fuse, graphs=graphs, compile=compile, clone=clone)
     _check_graphs(graphs, max_bytes, batch_sizes)
@@ -143,8 +147,8 @@ def restore(encoder: PreTrainedModel) -> None:
     """Undo :func:`optimize`, and free the memory of its graphs; an encoder that is not optimised stays as it is.
 
     Raises:
-        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation, or
-            another optimised model was put inside; nothing is undone then.
+        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation, has
+            wrapped the forward pass, as accelerate does, or another optimised model was put inside; nothing is undone then.
     """
     kept: Kept | None = encoder.__dict__.get(KEPT)
     if kept is None:

@@ -19,7 +19,7 @@ from laco_kernels.hf.points import route_of, sides
 from laco_kernels.kernels import select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
@@ -97,17 +97,22 @@ def change_of(module: nn.Module) -> str | None:
     return f"the forward pass of {stock.__name__} was replaced" if is_patched(ours) else None
 
 
-def _changes(encoder: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[nn.Module]]]:
+def _changes(encoder: nn.Module) -> Iterator[tuple[str, nn.Module, str, Sequence[nn.Module]]]:
     """Yield name and module of what was changed, how, and the modules that do nothing for that."""
     for name, module in encoder.named_modules():
         if (isinstance(module, Fused) or _has_a_fused_form(module)) and (change := change_of(module)) is not None:
-            yield name, module, change, [module]
+            yield name, module, change, [module, *(_sharing(module) if isinstance(module, fused.FusedLayer) else ())]
         if isinstance(module, fused.FusedLayer):
             for child, change, idle in _changes_inside(module):
                 yield f"{name}.{child}", module.get_submodule(child), change, idle
 
 
-def _changes_inside(layer: Any) -> Iterator[tuple[str, str, list[nn.Module]]]:
+def _sharing(layer: Any) -> list[PackedLinear]:
+    """Return the linear layers of attention that share products, also those inside adapters."""
+    return [module for module in getattr(layer, layer.attention_name).modules() if isinstance(module, PackedLinear)]
+
+
+def _changes_inside(layer: Any) -> Iterator[tuple[str, str, Sequence[nn.Module]]]:
     """Yield what a fused layer calls or passes over and finds changed."""
     norm, attention, mlp = (getattr(layer, name) for name in (layer.norms[1], layer.attention_name, layer.mlp_name))
     change = change_of(norm) if type(norm) in (nn.LayerNorm, *fused.RMS_NORMS) else "not the norm of the stock layer"
@@ -115,8 +120,8 @@ def _changes_inside(layer: Any) -> Iterator[tuple[str, str, list[nn.Module]]]:
         yield layer.norms[1], change, [layer]
     if not isinstance(mlp, fused.MLPS):
         yield layer.mlp_name, "not the feed-forward block of the stock layer", []
-    members: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if any(not isinstance(m, PackedLinear) for m in members) or any(m.pack is not members[0].pack for m in members):
+    members = _sharing(layer)
+    if len(members) != 3 or any(member.pack is not members[0].pack for member in members):
         yield layer.attention_name, "its queries, keys and values are not linear layers alike", members
     elif not members[0].pack.is_together() and not any(p.is_meta for p in attention.parameters()):
         yield layer.attention_name, "the parameters of its queries, keys and values do not lie together", members

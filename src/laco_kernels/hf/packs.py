@@ -73,9 +73,12 @@ class Pack:
         tables = [member._parameters for member in self.members]  # a module's own look-up takes its time
         weights = [table.get("weight") for table in tables]
         biases = [table.get("bias", False) for table in tables]  # which is None where there is none
-        if biases[0] is None and not any(bias is not None for bias in biases):
+        if biases[0] is None and biases.count(None) == len(biases):
             biases = []
-        return None if any(type(parameter) is not nn.Parameter for parameter in (*weights, *biases)) else (weights, biases)
+        for parameter in (*weights, *biases):
+            if type(parameter) is not nn.Parameter:
+                return None
+        return weights, biases
 
     def is_together(self) -> bool:
         """Return whether the parameters lie where :meth:`lay_together` has moved them."""
@@ -114,15 +117,18 @@ class Pack:
         state = (torch.is_grad_enabled(), is_autocast(x), None if x.is_inference() else x._version)
         if self not in shares:
             shares[self] = None
-            # A hook before a layer may change its weights or its input. A copy of a layer is no member.
-            if any(own._forward_pre_hooks for own in self.members) or all(own is not member for own in self.members):
+            if member not in self.members:  # a copy
                 return None
+            for own in self.members:
+                if own._forward_pre_hooks:  # which may change its weights or its input
+                    return None
             y = self.product(x) if member.impl is not None or pays(x.numel()) else None
             if y is None:
                 return None
             # Not views to autograd, so that a hook may change one in place.
             outputs = y.unsafe_split_with_sizes([own.out_features for own in self.members], -1)
-            shares.update((own, (x, state, output)) for own, output in zip(self.members, outputs, strict=True))
+            for own, output in zip(self.members, outputs, strict=True):
+                shares[own] = x, state, output
         given, before, mine = shares.pop(member, (None, None, None))
         return mine if given is x and before == state else None
 

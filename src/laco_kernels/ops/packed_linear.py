@@ -136,9 +136,9 @@ def _lie_in(whole: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
             or not tensor.is_contiguous()
         ):
             return False
-        rows += len(tensor)
+        rows += tensor.shape[0]
         address += tensor.nbytes
-    return rows == len(whole)
+    return rows == whole.shape[0]
 
 
 def _check_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> None:
