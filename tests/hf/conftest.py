@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers.models.aimv2 import modeling_aimv2
 
+from laco_kernels.hf import fused  # noqa: F401  knows the forward passes
+from laco_kernels.hf.fusing import FORWARDS
+
 
 @pytest.fixture(autouse=True)
 def _float64_all_the_way(monkeypatch):
@@ -18,4 +21,5 @@ def _float64_all_the_way(monkeypatch):
         return softmax(x, *args, dtype=None if x.dtype == torch.float64 else dtype, **kwargs)
 
     monkeypatch.setattr(modeling_aimv2.Aimv2RMSNorm, "forward", rms_norm)
+    monkeypatch.setitem(FORWARDS, modeling_aimv2.Aimv2RMSNorm, rms_norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax_in_float64)

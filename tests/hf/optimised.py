@@ -2,7 +2,7 @@
 
 import torch
 
-from laco_kernels.hf import fused
+from laco_kernels.hf.packs import PackedLinear
 from tests.hf.encoders import compressed, stock
 
 
@@ -21,4 +21,4 @@ def classes(model):
 
 
 def packs_of(model):
-    return list({id(m.pack): m.pack for m in model.modules() if isinstance(m, fused.PackedLinear)}.values())
+    return list({id(m.pack): m.pack for m in model.modules() if isinstance(m, PackedLinear)}.values())

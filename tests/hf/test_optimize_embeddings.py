@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import laco_kernels as lk
 from laco_kernels.geometry import Cascade
-from laco_kernels.hf import fused, fused_embeddings
+from laco_kernels.hf import fused_embeddings, fusing
 from tests.hf.encoders import STOCK, compressed, pixels, stock
 from tests.hf.optimised import classes, features
 
@@ -319,14 +319,14 @@ def test_few_tokens_are_left_to_the_copy_unless_launches_are_free(monkeypatch, r
     model = compressed(stock("siglip"), layer=2)
     expected = features(model, pixels())
     lk.hf.optimize(model)
-    monkeypatch.setattr(fused, "LEAST", {False: 0, True: 0})
+    monkeypatch.setattr(fusing, "LEAST", {False: 0, True: 0})
     assert torch.equal(features(model, pixels()), expected), "on a processor nothing changes, however many tokens"
     reordered.clear()
     monkeypatch.setattr(fused_embeddings.PatchProduct, "applies", lambda *_: True)
-    monkeypatch.setattr(fused, "LEAST", {False: 3 * 16 * 32, True: 4 * 16 * 32})
+    monkeypatch.setattr(fusing, "LEAST", {False: 3 * 16 * 32, True: 4 * 16 * 32})
     for batch in (2, 3):
         features(model, pixels(batch=batch))
-    with fused.launches_are_free():
+    with fusing.launches_are_free():
         features(model, pixels(batch=2))
     model(pixels(batch=3))
     model(pixels(batch=4))
@@ -352,3 +352,29 @@ def test_transforms_compilers_and_fake_tensors(family):
     fused_embeddings.cuts_of.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert twin.embeddings(mode.from_tensor(x)).shape == expected.shape
+
+
+@pytest.mark.parametrize(("family", "name"), [("siglip", "patch_embedding"), ("internvl", "patch_embeddings.projection")])
+def test_a_compiled_patch_embedding_runs_as_it_is(family, name, reordered):
+    model, twin = pair(family)
+    twin.embeddings.get_submodule(name).compile(backend="eager")
+    torch.testing.assert_close(features(twin, pixels()), features(model, pixels()), rtol=1e-10, atol=1e-10)
+    assert reordered == [2, 2]
+
+
+def test_a_norm_without_epsilon_sees_no_zeros(reordered):
+    model, twin = pair("aimv2", rms_norm_eps=0.0)
+    found = features(twin, pixels())
+    assert reordered == [2]
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, features(model, pixels()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ANY_SIZE)
+def test_images_smaller_than_a_patch_are_refused_as_ever(variant):
+    family, changes, options = VARIANTS[variant]
+    model = stock(family, **changes)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+            model(torch.zeros(1, 3, 7, 28, dtype=torch.float64), **options)
+        lk.hf.optimize(model, impl="reference")

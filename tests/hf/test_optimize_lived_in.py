@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import inspect
+import warnings
 import weakref
 
 import pytest
@@ -11,13 +12,16 @@ import torch
 from torch import nn
 
 import laco_kernels as lk
-from laco_kernels.hf import fused
-from tests.hf.encoders import pixels
+from laco_kernels.hf import fusing
+from laco_kernels.hf.optimize import settings_of
+from tests.hf.encoders import STOCK, pixels
 from tests.hf.optimised import classes, features, made, packs_of
+
+families = pytest.mark.parametrize("family", list(STOCK))
 
 
 def are_together(model):
-    return [pack.is_together(*pack.parameters()) for pack in packs_of(model)]
+    return [pack.is_together() for pack in packs_of(model)]
 
 
 def test_weights_are_read_as_one_until_they_move():
@@ -26,12 +30,12 @@ def test_weights_are_read_as_one_until_they_move():
     expected = features(model, x)
     with torch.no_grad():
         for pack in packs_of(model):
-            assert pack.weight.data_ptr() == pack.members[0].weight.data_ptr()
+            assert pack.weights.tensor.data_ptr() == pack.members[0].weight.data_ptr()
             pack.members[1].weight.mul_(2)  # in place: read where it lies
     changed = features(model, x)
     assert not torch.allclose(changed, expected)
     model.to(torch.float32)
-    assert all(pack.weight is None for pack in packs_of(model)), "the memory that the parameters left is kept"
+    assert all(pack.weights.tensor is None for pack in packs_of(model)), "the memory that the parameters left is kept"
     model.to(torch.float64)
     assert not any(are_together(model))
     torch.testing.assert_close(features(model, x), changed, rtol=1e-4, atol=1e-4)
@@ -180,17 +184,57 @@ def test_nothing_waits_for_a_layer_that_does_not_come(change, gradients):
     assert not any(given() is not None for given in inputs), "an input waits for the next one"
 
 
-def test_what_waits_outside_a_layer_waits_until_the_next_product():
-    model, x = made("clip"), torch.randn(2, 3, 32, dtype=torch.float64)
+def test_outside_a_layer_every_product_is_its_own():
+    model, x = made("clip").float(), torch.randn(2, 3, 32, requires_grad=True)
     lk.hf.optimize(model, impl="reference")
-    first, second = (layer.self_attn for layer in model.encoder.layers[:2])
-    first.q_proj(x)
-    given, x = weakref.ref(x), x + 1
+    attention = model.encoder.layers[0].self_attn
+    for layer in (attention.k_proj, attention.q_proj):
+        layer(x).square().sum().backward()  # each graph once
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.k_proj(x)
+    assert attention.q_proj(x).dtype == torch.float32
+    with torch.no_grad():
+        attention.k_proj(x)
+        attention.q_proj.weight.zero_()
+        attention.q_proj.bias.zero_()
+        assert not attention.q_proj(x).any()
+    given, x = weakref.ref(x), None
     gc.collect()
-    assert given() is not None
-    second.v_proj(x)
-    gc.collect()
-    assert given() is None
+    assert given() is None, "an input waits"
+
+
+def changing(model):
+    """Let the weights of a layer change just before it is called, in place, as some quantisation does."""
+
+    def halve(layer, _):
+        with torch.no_grad():
+            layer.weight.mul_(0.5)
+
+    model.encoder.layers[0].self_attn.v_proj.register_forward_pre_hook(halve)
+
+
+def lowering(model):
+    """Let attention compute queries in another precision than keys and values."""
+    layer = model.encoder.layers[0].self_attn.q_proj
+    forward = layer.forward
+
+    def lower(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(x).to(x.dtype)
+
+    layer.forward = lower
+
+
+@pytest.mark.parametrize("change", [changing, lowering])
+def test_inside_a_layer_a_share_is_what_its_layer_would_compute(change):
+    results = []
+    for optimised in (False, True):
+        model, x = made("clip").float(), pixels().float()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        change(model)
+        results.append(features(model, x))
+    torch.testing.assert_close(*results)
 
 
 def test_of_two_models_one_inside_the_other_only_one_is_optimised():
@@ -225,4 +269,179 @@ def test_a_model_is_not_restored_around_one_that_was_optimised_by_itself():
     assert classes(outer) == before
     lk.hf.restore(inner)
     lk.hf.restore(outer)
-    assert not any(isinstance(module, fused.Fused) for module in outer.modules())
+    assert not any(isinstance(module, fusing.Fused) for module in outer.modules())
+
+
+@families
+def test_hooks_with_keywords_see_the_call_of_the_stock_code(family):
+    def calls(model, name):
+        seen = []
+        hook = lambda _, args, kwargs: seen.append((len(args), sorted(kwargs), args or tuple(kwargs.values())))  # noqa: E731
+        handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        features(model, pixels())
+        handle.remove()
+        return seen
+
+    model, optimised = made(family), made(family)
+    lk.hf.optimize(optimised, impl="reference")
+    prefix = "encoder.layer.0." if family == "internvl" else "encoder.layers.0."
+    for name in [name for name, _ in model.named_modules() if name.startswith(prefix)]:
+        for ours, theirs in zip(calls(optimised, name), calls(model, name), strict=True):
+            assert ours[:2] == theirs[:2], name
+            torch.testing.assert_close(ours[2][0], theirs[2][0], rtol=1e-9, atol=1e-9)
+
+
+@families
+def test_a_hook_sees_the_precision_of_the_stock_code_under_autocast(family):
+    """Alone, on any module but the linear layers, whose inputs have autocast's dtype already."""
+
+    def dtypes(model, name):
+        seen = []
+        first = lambda value: value[0] if isinstance(value, tuple) else value  # noqa: E731
+
+        def hook(_, args, kwargs, output):
+            seen.append((first(args or tuple(kwargs.values())).dtype, first(output).dtype))
+
+        handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            features(model, pixels().float())
+        handle.remove()
+        return seen
+
+    model, optimised = made(family).float(), made(family).float()
+    lk.hf.optimize(optimised, impl="reference")
+    prefix = "encoder.layer.0" if family == "internvl" else "encoder.layers.0"
+    names = [name for name, module in model.named_modules() if name.startswith(prefix) and type(module) is not nn.Linear]
+    assert len(names) > 5
+    for name in names:
+        assert dtypes(optimised, name) == dtypes(model, name), name
+
+
+def test_a_block_of_somebody_elses_gets_the_precision_of_the_stock_code_under_autocast():
+    class Block(nn.Module):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x.cumsum(-1)
+
+    class Attention(nn.Module):
+        def forward(self, hidden_states, **_):
+            seen.append(hidden_states.dtype)
+            return hidden_states, None
+
+    results, seen = [], []
+    for optimised in (False, True):
+        model = made("aimv2").float()
+        for layer in model.encoder.layers:
+            layer.ffn, layer.attention = Block(), Attention()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(features(model, pixels().float()))
+    assert set(seen) == {torch.float32}
+    assert len(seen) == 16
+    torch.testing.assert_close(*results)
+
+
+def wrapped_norm(model):
+    for layer in model.encoder.layers:
+        layer.layer_norm2 = nn.LayerNorm(32, elementwise_affine=False)
+
+
+def wide_norm(model):
+    for layer in model.encoder.layers:
+        layer.layer_norm2.float()
+
+
+@pytest.mark.parametrize("change", [wrapped_norm, wide_norm])
+def test_norms_that_the_operator_does_not_take_run_as_they_are(change):
+    results = []
+    for optimised in (False, True):
+        model, x = made("siglip").bfloat16(), pixels().bfloat16()
+        change(model)
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        results.append(features(model, x))
+    ours, theirs = results
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1)
+
+
+def test_sums_of_two_precisions_are_those_of_the_stock_code():
+    results = []
+    for optimised in (False, True):
+        model, x = made("aimv2", use_head=False).bfloat16(), pixels().bfloat16()
+        layer = model.encoder.layers[0]
+        layer.attention.register_forward_hook(lambda _, __, output: (output[0].float(), output[1]))
+        for part in (layer.ffn, *model.encoder.layers[1:], model.rms_norm):
+            part.float()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        results.append(features(model, x))
+    assert results[0].dtype == torch.float32
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
+def test_a_forward_wrapped_since_is_undone_first():
+    model, x = made("siglip"), pixels()
+    expected = features(model, x)
+    lk.hf.optimize(model, impl="reference", graphs=True)
+    own, before = model.forward, classes(model)
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"^encoder: got an encoder whose forward has become a function .* Undo first"):
+        lk.hf.restore(model)
+    assert classes(model) == before
+    torch.testing.assert_close(features(model, x), expected, rtol=1e-9, atol=1e-9)
+    model.forward = own
+    lk.hf.restore(model)
+    assert "forward" not in model.__dict__
+
+
+@families
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_shallow_copy_restores_both(family, graphs):
+    model = made(family)
+    before, attributes = classes(model), {name: set(module.__dict__) for name, module in model.named_modules()}
+    lk.hf.optimize(model, impl="reference", graphs=graphs)
+    lk.hf.restore(copy.copy(model))
+    assert classes(model) == before
+    assert settings_of(model) is None
+    assert lk.hf.optimize(model, impl="reference", graphs=graphs).parts
+    assert any(isinstance(module, fusing.Fused) for module in model.modules())
+    lk.hf.restore(copy.copy(model))
+    lk.hf.restore(model)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+
+
+@families
+def test_on_the_meta_device_too(family):
+    model = made(family, "compressed").float().to("meta")
+    lk.hf.optimize(model, impl="reference")
+    assert model(pixels().float().to("meta")).last_hidden_state.shape == (2, 4 + (family in ("clip", "internvl")), 32)
+
+
+@pytest.mark.parametrize("kind", ["stock", "compressed"])
+@families
+def test_traced(family, kind):
+    model, x = made(family, kind).float().requires_grad_(False), pixels().float()
+    model.config.return_dict = False
+    lk.hf.optimize(model, impl="reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of transformers
+        traced = torch.jit.trace(model, (x,), check_trace=False, strict=False)
+    outputs = traced(2 * x)
+    first = outputs["last_hidden_state"] if isinstance(outputs, dict) else outputs[0]
+    torch.testing.assert_close(first, model(2 * x)[0])
+
+
+def test_forward_mode_runs_the_stock_block(monkeypatch):
+    """On a processor that passes for a GPU: the one fusion of ours that is no operator of ours."""
+    model, x = made("siglip", attn_implementation="eager").float().requires_grad_(False), pixels().float()
+
+    def derivative():
+        return torch.func.jvp(lambda x: model(x).last_hidden_state, (x,), (x.cos(),))[1]
+
+    expected = derivative()
+    lk.hf.optimize(model, impl="reference")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    with torch.no_grad():
+        torch.testing.assert_close(derivative(), expected, rtol=1e-3, atol=1e-3)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import dlpack
 from torch.utils.flop_counter import FlopCounterMode
 
 import laco_kernels as lk
 from laco_kernels import testing
 from laco_kernels.ops.cost import Traffic
-from laco_kernels.ops.packed_linear import are_packed, pack
+from laco_kernels.ops.packed_linear import _wholes, find_whole, lay_together, pack, run_packed_linear
 
 SIZES = [5, 8, 3]
 
@@ -38,7 +40,7 @@ def leaves_of(x, weights, biases):
 @pytest.mark.parametrize("packed", [True, False])
 def test_it_computes_what_the_layers_do_one_by_one(packed, biased):
     x, weights, biases = layers(biased=biased, packed=packed)
-    assert are_packed(weights) == packed
+    assert (find_whole(weights) is not None) == packed
     leaves = [t.requires_grad_() for t in leaves_of(x, weights, biases)]
     n = len(weights)
     y = lk.packed_linear(leaves[0], leaves[1 : 1 + n], leaves[1 + n :] or None)
@@ -55,15 +57,54 @@ def test_packed_weights_are_read_where_they_lie():
     assert pack(weights).data_ptr() == weights[0].data_ptr()
     _, apart, _ = layers()
     assert torch.equal(pack(apart), torch.cat(apart))
-    assert not are_packed([weights[1], weights[0]])
-    assert not are_packed([weights[0], weights[2]])
-    assert not are_packed([weights[0].t(), weights[1].t()])
+    for others in ([1, 0], [0, 2]):
+        assert find_whole([weights[i] for i in others]) is None
+    assert find_whole([weights[0].t(), weights[1].t()]) is None
     # Neighbours by accident, in memory of their own, are no one tensor.
     memory = torch.zeros(64)
     left, right = (torch.empty(0).set_(memory.untyped_storage(), i * 8, (2, 4)) for i in range(2))
-    assert are_packed([left, right])
+    assert torch.equal(find_whole([left, right]), torch.cat([left, right]))
     copy = right.clone()
-    assert not are_packed([left, copy])
+    assert find_whole([left, copy]) is None
+    left = left.clone()
+    right = dlpack.from_dlpack(torch.empty(0).set_(left.untyped_storage(), 0, (2, 4)))
+    assert find_whole([left, right]) is None
+
+
+def test_weights_laid_together_keep_storages_of_their_own():
+    _, weights, _ = layers()
+    before, version = [w.clone() for w in weights], weights[0]._version
+    whole = lay_together(weights)
+    assert all(map(torch.equal, weights, before))
+    assert weights[0]._version == version
+    assert all(w.untyped_storage().nbytes() == w.nbytes for w in weights)
+    assert find_whole(weights) is whole.tensor
+    assert pack(weights) is whole.tensor
+    assert lay_together(weights) is whole, "somebody else's is as good"
+    assert find_whole(weights[:2]) is None
+    assert find_whole([weights[1], weights[2]]) is None
+    moved = [*weights[:2], weights[2].clone()]
+    assert lay_together(moved) is not whole
+    assert find_whole(weights) is None
+    gone = lay_together(layers()[1])
+    place = gone.tensor.device, gone.tensor.data_ptr()
+    assert place in _wholes
+    del gone
+    assert place not in _wholes
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("cpu")])
+def test_weights_laid_together_are_copied_in_no_mode(mode, biased):
+    leaves = leaves_of(*layers(torch.float32, biased=biased))
+    x, weights, biases = leaves[0], leaves[1:4], leaves[4:]
+    held = [lay_together(group) for group in (weights, biases) if group]
+    whole, whole_bias = [h.tensor for h in held] if biased else (held[0].tensor, None)
+    with profile(activities=[ProfilerActivity.CPU]) as seen, mode():
+        y = run_packed_linear(x, whole, whole_bias, weights, biases)
+        torch.autograd.grad(y.float().sum(), leaves)
+    assert "laco::packed_linear" in {event.name for event in seen.events()}
+    assert "aten::cat" not in {event.name for event in seen.events()}
 
 
 def test_one_product_a_pass():

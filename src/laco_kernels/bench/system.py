@@ -39,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "graphs": {"fuse": False, "graphs": True},
     "fused+graphs": {"fuse": True, "graphs": True},
     "compile": {"fuse": False, "compile": True},
+    "fused+compile": {"fuse": True, "compile": True},
     "compile+graphs": {"fuse": False, "compile": True, "graphs": True},
     "fused+compile+graphs": {"fuse": True, "compile": True, "graphs": True},
 }

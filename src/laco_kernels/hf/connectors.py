@@ -20,7 +20,7 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from laco_kernels.geometry import Windows
-from laco_kernels.hf.fused import is_plain, is_transformed
+from laco_kernels.hf.fusing import is_plain, is_transformed
 from laco_kernels.ops import add_norm, patch_merge, strided_conv, strided_conv_gelu
 from laco_kernels.ops.checks import DTYPES
 from laco_kernels.ops.library import BODIES_ON

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers.models.internvl.modeling_internvl import InternVLVisionPatchEmbeddings
+from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionEmbeddings
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddings, InternVLVisionPatchEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from laco_kernels.geometry import Cascade, Cuts, find_cuts
 from laco_kernels.hf.encoders import (
@@ -23,7 +26,8 @@ from laco_kernels.hf.encoders import (
     LacoInternVLVisionEmbeddings,
     LacoSiglipVisionEmbeddings,
 )
-from laco_kernels.hf.fused import RMS_NORMS, Fused, is_plain, pays
+from laco_kernels.hf.fused import RMS_NORMS
+from laco_kernels.hf.fusing import Fused, is_patched, is_plain, know, pays
 from laco_kernels.hf.mixins import BlockOrderEmbeddings
 
 # Elements. cuBLAS's fast kernels read 16 bytes at a time; 588 values a patch took 105 us on an H200, padded to 592 60 us.
@@ -46,6 +50,8 @@ _current: ContextVar[Embedding | None] = ContextVar("current", default=None)
 class PatchProduct(Fused, nn.Conv2d):
     """A patch embedding as one matrix product, whose result lies token by token: what the encoder flattens it to."""
 
+    stock = nn.Conv2d
+
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed images ``[B, 3, height, width]`` into ``[B, C, H, W]``, a view of ``[B, H * W, C]``."""
         if not self.applies(pixels):
@@ -59,7 +65,10 @@ class PatchProduct(Fused, nn.Conv2d):
 
     def applies(self, pixels: torch.Tensor) -> bool:
         """Return whether this is a product for such images."""
-        return (pixels.is_cuda or self.impl is not None) and pixels.dim() == 4
+        if not (pixels.is_cuda or self.impl is not None) or pixels.dim() != 4 or is_patched(type(self)):
+            return False
+        # For torch.jit.trace the numbers of a grid are tensors.
+        return torch._C._get_tracing_state() is None and min(self.grid(pixels)) > 0
 
     def grid(self, pixels: torch.Tensor) -> tuple[int, int]:
         """Return rows and columns of patches."""
@@ -124,7 +133,9 @@ class FusedEmbeddings(Fused, BlockOrderEmbeddings):
     def _cuts(self, order: Cascade, pixels: torch.Tensor, *options: Any) -> Cuts | None:
         """Return in which order to read the patches, or ``None`` for the stock code."""
         # A compiler puts the tokens in order while it adds the positions. A tensor is InternViT's mask, of every image its own.
-        if torch.compiler.is_compiling() or any(isinstance(option, torch.Tensor) for option in options):
+        if torch.compiler.is_compiling() or is_patched(type(self)):
+            return None
+        if any(isinstance(option, torch.Tensor) for option in options):
             return None
         products = []
         for module in self.modules():
@@ -146,24 +157,36 @@ class FusedEmbeddings(Fused, BlockOrderEmbeddings):
 class FusedLacoAimv2VisionEmbeddings(FusedEmbeddings, LacoAimv2VisionEmbeddings):
     """AIMv2's embeddings."""
 
-    rms_norm: nn.Module
+    stock = Aimv2VisionEmbeddings
+    rms_norm: Any
 
     def normalise(self, tokens: torch.Tensor) -> torch.Tensor:
         """Normalise ``[B, N, C]``; what is added has no share in it, since the norm of zeros is zero."""
         normed: torch.Tensor = self.rms_norm(tokens)
         return normed
 
+    def _cuts(self, order: Cascade, pixels: torch.Tensor, *options: Any) -> Cuts | None:
+        cuts = super()._cuts(order, pixels, *options)
+        # Without an epsilon the norm of zeros is no number.
+        return cuts if cuts is not None and self.rms_norm.variance_epsilon > 0 else None
+
 
 class FusedLacoSiglipVisionEmbeddings(FusedEmbeddings, LacoSiglipVisionEmbeddings):
     """SigLIP's embeddings."""
+
+    stock = SiglipVisionEmbeddings
 
 
 class FusedLacoInternVLVisionEmbeddings(FusedEmbeddings, LacoInternVLVisionEmbeddings):
     """InternViT's embeddings."""
 
+    stock = InternVLVisionEmbeddings
+
 
 class FusedLacoCLIPVisionEmbeddings(FusedEmbeddings, LacoCLIPVisionEmbeddings):
     """CLIP's embeddings."""
+
+    stock = CLIPVisionEmbeddings
 
 
 EMBEDDINGS: dict[type[nn.Module], type[nn.Module]] = {
@@ -172,3 +195,6 @@ EMBEDDINGS: dict[type[nn.Module], type[nn.Module]] = {
     LacoInternVLVisionEmbeddings: FusedLacoInternVLVisionEmbeddings,
     LacoCLIPVisionEmbeddings: FusedLacoCLIPVisionEmbeddings,
 }
+
+know(Aimv2VisionEmbeddings, SiglipVisionEmbeddings, InternVLVisionEmbeddings, CLIPVisionEmbeddings)
+know(nn.Conv2d, InternVLVisionPatchEmbeddings, nn.Embedding, nn.Dropout)

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import overrides
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from laco_kernels.errors import complaint
-from laco_kernels.hf.fused import launches_are_free
+from laco_kernels.hf.fusing import is_transformed, launches_are_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
+PATIENCE = 100  # calls after which a graph that was not used makes room for others
 WARMUPS = 3  # calls before a capture, in which libraries choose and allocate what they need
 CAPTURING = "transformers.utils.output_capturing"  # its hooks note outputs while a forward pass is captured, which is enough
 CONFIGURED = ("output_hidden_states", "output_attentions", "return_dict", "_attn_implementation")
@@ -43,6 +46,15 @@ class Captured:
     outputs: list[Any] = field(default_factory=list)  # leaves: tensors, and what else the model returns
     spec: Any = None
     nbytes: int = 0
+    used: int = 0  # the call in which it was used last
+
+
+def is_seen() -> bool:
+    """Return whether a transform, a trace or a mode looks at what runs, which it would not find in a replay."""
+    if is_transformed() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    # torch.set_default_device is a mode, too, but concerns only what is made anew.
+    return any(type(mode) is not DeviceContext for mode in overrides._get_current_function_mode_stack())
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -94,12 +106,14 @@ class GraphedForward:
 
     In evaluation mode and without gradients only; else, and with hooks on modules or PEFT's adapters inside, the encoder runs
     as it is. A shape is captured when it comes for the first time; what is set on a module afterwards, and is no tensor, a
-    graph does not see. The graphs used least recently are dropped where they hold more memory than ``max_bytes``.
+    graph does not see. Where graphs would hold more memory than ``max_bytes``, those that were not used for :data:`PATIENCE`
+    calls are dropped, and a shape that does not fit beside the others runs without.
 
     Args:
         encoder: the model.
         forward: its forward pass, as it runs outside graphs.
-        max_bytes: bound on the memory that graphs hold: inputs, outputs and everything in between.
+        max_bytes: bound on the memory that graphs hold: inputs, outputs and everything in between. What is in between they
+            share, so that what a dropped graph has held serves the next ones.
         batch_sizes: batches are padded to the next larger of these, so that few graphs serve all; none pads nothing.
         clone: return copies of what a graph writes; else a result is valid until the next call.
     """
@@ -127,6 +141,8 @@ class GraphedForward:
         self.pool: Any = None
         self.finished: torch.cuda.Event | None = None
         self.lock = threading.Lock()
+        self.calls = 0
+        self.crowded: dict[Any, int] = {}  # bytes that a shape would hold for which there was no room
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the graphs, which read the memory of the original."""
@@ -143,6 +159,7 @@ class GraphedForward:
         if self.graphs:
             torch.cuda.synchronize()  # one may be running
         self.graphs.clear()
+        self.crowded.clear()
         self.anatomy = self.pool = self.finished = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,10 +176,12 @@ class GraphedForward:
     def _allows(self, values: list[Any], tensors: list[torch.Tensor]) -> bool:
         return (
             bool(tensors)
+            and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
             and all(tensor.is_cuda and tensor.dim() and len(tensor) == len(tensors[0]) for tensor in tensors)
             and all(isinstance(value, (torch.Tensor, *SIMPLE)) for value in values)
             and not self.encoder.training
             and not torch.compiler.is_compiling()
+            and not is_seen()
             and not torch.cuda.is_current_stream_capturing()
             and not (torch.is_grad_enabled() and self._wants_gradients(tensors))
         )
@@ -194,13 +213,19 @@ class GraphedForward:
         stream = torch.cuda.current_stream(device)
         if self.finished is not None:
             stream.wait_event(self.finished)  # the buffers may be in use on another stream
+        self.calls += 1
         if key not in self.graphs:
-            if self.anatomy.is_watched():
+            if self.anatomy.is_watched() or not self._may_have_room(key):
                 return None
-            self.graphs[key] = self._capture(args, kwargs, tensors, padded)
-            self._evict()
+            captured = self._capture(args, kwargs, tensors, padded)
+            if not self._make_room(captured.nbytes):
+                self.crowded[key] = captured.nbytes
+                self.pool = self.pool if self.graphs else None
+                return None
+            self.graphs[key] = captured
         self.graphs.move_to_end(key)
         captured = self.graphs[key]
+        captured.used = self.calls
         if captured.graph is None:
             return None
         for buffer, tensor in zip(captured.inputs, tensors, strict=True):
@@ -257,8 +282,28 @@ class GraphedForward:
         held = sum(buffer.nbytes for buffer in inputs) + max(torch.cuda.memory_reserved(device) - before, 0)
         return Captured(graph, inputs, outputs, spec, held)
 
-    def _evict(self) -> None:
-        """Drop the graphs used least recently until the others, the newest in any case, fit into the bound."""
-        while len(self.graphs) > 1 and sum(captured.nbytes for captured in self.graphs.values()) > self.max_bytes:
+    def _may_have_room(self, key: Any) -> bool:
+        """Return whether to capture a shape: there was room for it always, or there is now."""
+        if key not in self.crowded:
+            return True
+        held = sum(captured.nbytes for captured in self.graphs.values() if not self._is_idle(captured))
+        return held + self.crowded[key] <= self.max_bytes
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Drop idle graphs, the oldest first, until there is room for as many bytes; return whether there is."""
+        held = nbytes + sum(captured.nbytes for captured in self.graphs.values())
+        idle = [key for key, captured in self.graphs.items() if self._is_idle(captured)]
+        if held - sum(self.graphs[key].nbytes for key in idle) > self.max_bytes:
+            if not self.crowded:
+                given = f"no room for {nbytes:,} bytes more among max_bytes={self.max_bytes:,}"
+                warnings.warn(f"laco_kernels: {given}, so some shapes run without a CUDA graph", stacklevel=6)
+            return False
+        for key in idle:
+            if held <= self.max_bytes:
+                break
             torch.cuda.synchronize()
-            self.graphs.popitem(last=False)
+            held -= self.graphs.pop(key).nbytes
+        return True
+
+    def _is_idle(self, captured: Captured) -> bool:
+        return self.calls - captured.used > PATIENCE

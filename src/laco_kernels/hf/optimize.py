@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,39 +17,15 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 from laco_kernels.errors import complaint
 from laco_kernels.hf import fused, fused_embeddings
 from laco_kernels.hf.encoders import FAMILIES
+from laco_kernels.hf.fusing import Fused
 from laco_kernels.hf.graphs import GraphedForward, is_sharded
 from laco_kernels.hf.mixins import CompressedEncoder
-from laco_kernels.hf.points import route_of, sides
+from laco_kernels.hf.optimize_report import FUSED, STOCK, Report, change_of, make_report
+from laco_kernels.hf.packs import Pack, PackedLinear, are_alike
 from laco_kernels.kernels import select
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
 KEPT, OWN_FORWARD = "_laco_optimization", "_laco_own_forward"  # where an encoder keeps what was done to it, and what it had
-
-
-@dataclass(frozen=True)
-class Part:
-    """One kind of change: how many modules it concerns, and why it does nothing, where it does nothing."""
-
-    name: str
-    count: int
-    inactive: str | None = None
-
-    def __str__(self) -> str:
-        """Return it as a line."""
-        return f"{self.name}: {self.count}" + (f", inactive: {self.inactive}" if self.inactive else "")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`optimize` did."""
-
-    parts: tuple[Part, ...]
-
-    def __str__(self) -> str:
-        """Return it as lines."""
-        return "\n".join(map(str, self.parts))
+BOUND = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -63,6 +39,14 @@ class Settings:
     max_bytes: int
     batch_sizes: tuple[int, ...]
     clone: bool
+
+
+@dataclass
+class Kept:
+    """What an encoder, and a shallow copy, which has the same modules, keep of an optimisation."""
+
+    settings: Settings
+    undone: bool = False
 
 
 class CompiledForward:
@@ -93,7 +77,7 @@ def optimize(
     graphs: bool = False,
     compile: bool = False,
     impl: str | None = None,
-    max_bytes: int = 4 * 2**30,
+    max_bytes: int = BOUND,
     batch_sizes: Sequence[int] = (),
     clone: bool = True,
 ) -> Report:
@@ -101,7 +85,9 @@ def optimize(
 
     Parameters, their names, hooks, outputs and gradients stay what they are; :func:`restore` undoes it. Each change looks
     at every call whether it applies, and leaves the stock code to run where it does not: on a CPU, under an adapter, beneath
-    a hook on a module that it would pass over, on so few tokens that launches are all that counts (there CUDA graphs help).
+    a hook on a module that it would pass over, where somebody has replaced a stock ``forward``, on so few tokens that launches
+    are all that counts (there CUDA graphs help). Under autocast hooks on the linear layers of attention and feed-forward block
+    may see inputs in autocast's dtype, to which these are cast in any case.
 
     Args:
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
@@ -114,30 +100,34 @@ def optimize(
         compile: run the forward pass through ``torch.compile``, by its own defaults; with ``graphs`` that is captured.
         impl: the kernels' implementation, as for the operators: ``None`` is the measured choice, and only that may leave a
             fusion inactive.
-        max_bytes: bound on the memory that graphs hold; those used least recently are dropped.
+        max_bytes: bound on the memory that graphs hold; those not used for long make room, and a shape for which there is none
+            runs as it is, with a warning.
         batch_sizes: with ``graphs``, pad batches to the next larger of these sizes.
         clone: with ``graphs``, return copies; without them an output is overwritten by the next call.
 
     Returns:
-        What was changed, how often, and what of it is inactive here and why; ``print`` it.
+        What was changed, how often, on what inputs, what of it is inactive here and why, and what somebody else has changed,
+        so that it was left; ``print`` it.
 
     Raises:
-        TypeError: ``encoder`` is no model, or one without layers of a known family.
+        TypeError: ``encoder`` is no model, or one without layers of a known family; an option is of the wrong type.
         ValueError: an option is out of range; ``encoder`` is sharded or offloaded, holds a model that was optimised by itself,
             or is part of one that was.
-        RuntimeError: ``impl`` cannot run here.
+        RuntimeError: ``impl`` cannot run here, or new settings need a :func:`restore` that is refused.
     """
+    _check_options(fuse=fuse, graphs=graphs, compile=compile, clone=clone)
+    _check_graphs(graphs, max_bytes, batch_sizes)
     settings = Settings(fuse, graphs, compile, impl, max_bytes, tuple(batch_sizes), clone)
     _check(encoder, settings)
     if settings_of(encoder) != settings:
         restore(encoder)
-        if fuse:
-            _fuse(encoder, impl)
         _wrap_forward(encoder, settings)
-        encoder.__dict__[KEPT] = settings
+        encoder.__dict__[KEPT] = Kept(settings)
+    if fuse:
+        _fuse(encoder, impl)  # also layers that have come since
     for pack in _packs(encoder):
         pack.lay_together()  # again, where they were moved, copied or replaced since
-    return _report(encoder, settings)
+    return make_report(encoder, settings)
 
 
 def _wrap_forward(encoder: PreTrainedModel, settings: Settings) -> None:
@@ -157,28 +147,34 @@ def restore(encoder: PreTrainedModel) -> None:
     """Undo :func:`optimize`, and free the memory of its graphs; an encoder that is not optimised stays as it is.
 
     Raises:
-        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation, or
-            another optimised model was put inside; nothing is undone then.
+        RuntimeError: something else has changed the class of a fused layer since, ``fully_shard`` or a parametrisation, has
+            wrapped the forward pass, as accelerate does, or another optimised model was put inside; nothing is undone then.
     """
-    if settings_of(encoder) is None:
+    kept: Kept | None = encoder.__dict__.get(KEPT)
+    if kept is None:
         return
     if (name := _optimised_inside(encoder)) is not None:
         remedy = f"Restore its {name!r} first"
         raise RuntimeError(complaint("encoder", f"one that holds another optimised model, {name!r}", "no such model", remedy))
-    changed = [module for module in encoder.modules() if isinstance(module, fused.Fused)]
+    changed = [] if kept.undone else [module for module in encoder.modules() if isinstance(module, Fused)]
     for module in changed:
         if type(module) not in STOCK:
             given = f"a layer that has become a {type(module).__name__} since it was optimised"
             raise RuntimeError(complaint("encoder", given, "layers as optimize left them", "Undo first what came last"))
-    settings = encoder.__dict__.pop(KEPT)
-    if settings.graphs or settings.compile:
-        forward = encoder.__dict__.pop("forward", None)
+    forward = encoder.__dict__.get("forward") if kept.settings.graphs or kept.settings.compile else None
+    if forward is not None and not isinstance(forward, (GraphedForward, CompiledForward)):
+        given = f"an encoder whose forward has become a {type(forward).__name__} since it was optimised"
+        raise RuntimeError(complaint("encoder", given, "its forward as optimize left it", "Undo first what came last"))
+    del encoder.__dict__[KEPT]
+    kept.undone = True
+    if forward is not None:
+        del encoder.__dict__["forward"]
         if isinstance(forward, GraphedForward):
             forward.release()
         if OWN_FORWARD in encoder.__dict__:
             encoder.__dict__["forward"] = encoder.__dict__.pop(OWN_FORWARD)
     for module in changed:
-        for name in ("impl", "pack", "feeds_a_product"):
+        for name in ("impl", "pack"):
             module.__dict__.pop(name, None)
         kind: Any = STOCK[type(module)]
         module.__class__ = kind
@@ -186,12 +182,36 @@ def restore(encoder: PreTrainedModel) -> None:
 
 def settings_of(encoder: nn.Module) -> Settings | None:
     """Return what ``encoder`` was optimised with, if it was."""
-    return encoder.__dict__.get(KEPT)
+    kept: Kept | None = encoder.__dict__.get(KEPT)
+    return None if kept is None or kept.undone else kept.settings
 
 
 def _optimised_inside(encoder: nn.Module) -> str | None:
     """Return the name of a model inside ``encoder`` that was optimised by itself, if there is one."""
     return next((name for name, module in encoder.named_modules() if name and settings_of(module) is not None), None)
+
+
+def _check_options(**options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(complaint(name, repr(value), "True or False", f"Pass {name}=True or {name}=False"))
+
+
+def _check_graphs(graphs: bool, max_bytes: Any, batch_sizes: Any) -> None:
+    remedy = f"Pass for instance max_bytes={BOUND}"
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(complaint("max_bytes", repr(max_bytes), "an integer", remedy))
+    if max_bytes < 0:
+        raise ValueError(complaint("max_bytes", max_bytes, "at least 0", remedy))
+    remedy = "Pass for instance batch_sizes=(1, 4, 16)"
+    if isinstance(batch_sizes, str) or not isinstance(batch_sizes, Sequence):
+        raise TypeError(complaint("batch_sizes", repr(batch_sizes), "a tuple or list of integers", remedy))
+    for size in batch_sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(complaint("batch_sizes", repr(size), "integers of at least 1", remedy))
+    if len(batch_sizes) and not graphs:
+        given = f"{tuple(batch_sizes)} without graphs"
+        raise ValueError(complaint("batch_sizes", given, "none, as nothing is captured", "Pass graphs=True with it"))
 
 
 def _check(encoder: Any, settings: Settings) -> None:
@@ -214,16 +234,9 @@ def _check(encoder: Any, settings: Settings) -> None:
     if (name := _optimised_inside(encoder)) is not None:
         remedy = f"Call restore on its {name!r}, then optimize only the model around it"
         raise ValueError(complaint("encoder", f"one that holds an optimised model, {name!r}", "at most one of the two", remedy))
-    if settings_of(encoder) is None and any(isinstance(module, fused.Fused) for module in encoder.modules()):
+    if settings_of(encoder) is None and any(isinstance(module, Fused) for module in encoder.modules()):
         remedy = "Call restore on the model that was optimised, then optimize only one of the two"
         raise ValueError(complaint("encoder", "layers that another model was optimised with", "layers as they were", remedy))
-    for size in settings.batch_sizes:
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                complaint("batch_sizes", size, "integers of at least 1", "Pass for instance batch_sizes=(1, 4, 16)")
-            )
-    if settings.max_bytes < 0:
-        raise ValueError(complaint("max_bytes", settings.max_bytes, "at least 0", "Pass for instance max_bytes=4 * 2**30"))
     if settings.impl is not None:
         for op in select.TOWER_OPERATORS:
             select.check(settings.impl, encoder.device, encoder.dtype, op)
@@ -231,121 +244,59 @@ def _check(encoder: Any, settings: Settings) -> None:
 
 def _fuse(encoder: PreTrainedModel, impl: str | None) -> None:
     for module in list(encoder.modules()):
-        if type(module) in fused.LAYERS:
-            _become(module, fused.LAYERS[type(module)], impl)
-            attention, mlp = (getattr(module, name) for name in (module.attention_name, module.mlp_name))
-            _pack([attention.q_proj, attention.k_proj, attention.v_proj], impl)
-            _fuse_mlp(mlp, impl)
-            for name in module.norms:
-                getattr(module, name).__dict__["feeds_a_product"] = True
-        elif type(module) in fused.NORMS:
-            _become(module, fused.NORMS[type(module)], impl)
-            module.__dict__.setdefault("feeds_a_product", False)
-        elif type(module) is nn.Conv2d and _embeds_patches(module):
-            _become(module, fused_embeddings.PatchProduct, impl)
-        elif type(module) in fused_embeddings.EMBEDDINGS and module.config.compression["layout"] == "block":
-            _become(module, fused_embeddings.EMBEDDINGS[type(module)], impl)
+        kind = type(module)
+        if kind in fused.LAYERS:
+            layer: Any = fused.LAYERS[kind]
+            _fuse_mlp(getattr(module, layer.mlp_name), impl)
+            if _become(module, impl):
+                attention = getattr(module, layer.attention_name)
+                _pack([getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")], impl)
+        elif (
+            kind in fused.NORMS
+            or (kind is nn.Conv2d and _embeds_patches(module))
+            or (kind in fused_embeddings.EMBEDDINGS and module.config.compression["layout"] == "block")
+        ):
+            _become(module, impl)
 
 
 def _fuse_mlp(mlp: Any, impl: str | None) -> None:
     if type(mlp) is Aimv2MLP and type(mlp.act_fn) in fused.SILU:
-        _pack([mlp.gate_proj, mlp.up_proj], impl)
-        _become(mlp, fused.FusedAimv2MLP, impl)
+        if _become(mlp, impl):
+            _pack([mlp.gate_proj, mlp.up_proj], impl)
     elif type(getattr(mlp, "activation_fn", None)) is QuickGELUActivation:
-        _become(mlp.activation_fn, fused.FusedQuickGELU, impl)
+        _become(mlp.activation_fn, impl)
     elif type(mlp) is SiglipMLP and type(mlp.activation_fn) is GELUTanh:
-        _become(mlp, fused.FusedSiglipMLP, impl)
+        _become(mlp, impl)
 
 
-def _embeds_patches(conv: nn.Conv2d) -> bool:
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
+def _embeds_patches(conv: Any) -> bool:
+    plain: bool = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
     return plain and conv.stride == conv.kernel_size
 
 
-def _become(module: nn.Module, kind: type[nn.Module], impl: str | None) -> None:
+def _become(module: nn.Module, impl: str | None) -> bool:
+    """Turn a module into its fused class, unless somebody has changed how it runs; return whether that is done."""
+    if change_of(module) is not None:
+        return False
+    kind: Any = FUSED[type(module)]
     module.__class__ = kind
     module.__dict__["impl"] = impl
+    return True
 
 
-def _pack(layers: list[nn.Linear], impl: str | None) -> None:
-    """Make the layers one :class:`laco_kernels.hf.fused.Pack`, where their parameters allow it."""
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
-    tensors = [*weights, *biases]
-    if (
-        any(type(layer) is not nn.Linear for layer in layers)
-        or len(biases) not in (0, len(layers))
-        or any(type(t) is not nn.Parameter or (t.dtype, t.device) != (weights[0].dtype, weights[0].device) for t in tensors)
-        or len(set(map(id, tensors))) != len(tensors)
-    ):
+def _pack(layers: list[Any], impl: str | None) -> None:
+    """Make the layers one :class:`laco_kernels.hf.packs.Pack`, where they are plain linear layers alike."""
+    if any(type(layer) is not nn.Linear or change_of(layer) is not None for layer in layers):
         return
-    pack = fused.Pack(layers)
+    pack = Pack(layers)
+    found = pack.parameters()
+    if found is None or not are_alike([*found[0], *found[1]]):
+        return
     for layer in layers:
-        _become(layer, fused.PackedLinear, impl)
+        _become(layer, impl)
         layer.__dict__["pack"] = pack
 
 
-def _packs(encoder: nn.Module) -> list[fused.Pack]:
-    found = {id(module.pack): module.pack for module in encoder.modules() if isinstance(module, fused.PackedLinear)}
+def _packs(encoder: nn.Module) -> list[Pack]:
+    found = {id(module.pack): module.pack for module in encoder.modules() if isinstance(module, PackedLinear)}
     return list(found.values())
-
-
-def _report(encoder: PreTrainedModel, settings: Settings) -> Report:
-    """Count what was done, and look whether it would do something on this device."""
-    kinds = [type(module) for module in encoder.modules()]
-    parts = []
-    on_cpu = None if encoder.device.type == "cuda" else f"needs an NVIDIA GPU, not {encoder.device.type}"
-    no_gpu = on_cpu if settings.impl is None else None
-    patches = [
-        side // patch for side, patch in zip(*map(sides, (encoder.config.image_size, encoder.config.patch_size)), strict=True)
-    ]
-    tokens = math.prod(patches)
-    norm = "rms" if any(issubclass(kind, fused.FusedRMSNorm) for kind in kinds) else "layer"
-
-    def reason(op: str, form: str | None = None) -> str | None:
-        if settings.impl is not None:
-            return None
-        choice = select.choose(op, "forward", encoder.device, encoder.dtype, tokens, form)
-        return choice.reason if choice.impl == "reference" else None
-
-    def add(name: str, family: type[nn.Module] | tuple[type[nn.Module], ...], inactive: str | None) -> None:
-        count = sum(issubclass(kind, family) for kind in kinds)
-        if count:
-            parts.append(Part(name, count, inactive))
-
-    add("residual sum, LayerScale and norm in one pass", fused.FusedLayer, reason("add_norm", norm))
-    add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm", "rms"))
-    add("linear layers that share a product", fused.PackedLinear, no_gpu)
-    add("SwiGLU in one product and one pass", fused.FusedAimv2MLP, no_gpu or reason("gated_silu"))
-    add("quick GELU in one pass", fused.FusedQuickGELU, reason("activate", "quick_gelu"))
-    add("tanh-GELU inside the product before it, in inference", fused.FusedSiglipMLP, on_cpu)
-    add("patch embedding as one product", fused_embeddings.PatchProduct, no_gpu)
-    add("patches embedded window by window", fused_embeddings.FusedEmbeddings, no_gpu or _raster_order(encoder))
-    if settings.compile:
-        parts.append(Part("torch.compile", 1))
-    if settings.graphs:
-        parts.append(Part("CUDA graphs, in inference", 1, on_cpu))
-    return Report(tuple(parts))
-
-
-def _raster_order(encoder: PreTrainedModel) -> str | None:
-    """Return why a compressed encoder does not use block order on images of its own size, where it does not."""
-    if not isinstance(encoder, CompressedEncoder):
-        return None
-    compression, merges = encoder.config.compression, encoder.merges
-    route = route_of(encoder.config, merges, *sides(encoder.config.image_size))
-    if route.order is not None or route.grids[0] is None:
-        return None
-    if compression["layout"] == "raster" or not merges[0].reads_blocks:
-        return f"compressor={compression['compressor']!r} with layout={compression['layout']!r} keeps raster order"
-    height, width = route.grids[0]
-    return f"a grid of {height} x {width} keeps raster order"
-
-
-STOCK: dict[type[nn.Module], type[nn.Module]] = {
-    **{kind: stock for stock, kind in (fused.LAYERS | fused.NORMS | fused_embeddings.EMBEDDINGS).items()},
-    fused.PackedLinear: nn.Linear,
-    fused.FusedAimv2MLP: Aimv2MLP,
-    fused.FusedQuickGELU: QuickGELUActivation,
-    fused.FusedSiglipMLP: SiglipMLP,
-    fused_embeddings.PatchProduct: nn.Conv2d,
-}

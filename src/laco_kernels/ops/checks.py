@@ -114,17 +114,18 @@ def check_alike(tensors: Mapping[str, torch.Tensor | None]) -> None:
         if tensor.device != first.device:
             remedy = f"Move it with {name}.to({str(first.device)!r})"
             raise ValueError(complaint(name, f"device {tensor.device}", f"{first.device}, the device of {first_name}", remedy))
-        if tensor.dtype != first.dtype and not _autocasts(first):
+        if tensor.dtype != first.dtype and not is_autocast(first):
             remedy = f"Convert one of them, or run under torch.autocast({first.device.type!r})"
             raise TypeError(complaint(name, tensor.dtype, f"{first.dtype}, the dtype of {first_name}", remedy))
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype an operator computes in: autocast's where it is on and ``x`` is no float64, else that of ``x``."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) and x.dtype != torch.float64 else x.dtype
 
 
-def _autocasts(x: torch.Tensor) -> bool:
+def is_autocast(x: torch.Tensor) -> bool:
+    """Return whether autocast is on where ``x`` is."""
     if x.is_meta:  # the one device without autocast that is traced: Dynamo does not hand on what is raised there
         return False
     try:  # torch.amp.is_autocast_available would ask, but Dynamo of torch 2.11 cannot trace it

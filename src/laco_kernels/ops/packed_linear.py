@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils import dlpack
 
 from laco_kernels.errors import complaint
 from laco_kernels.ops import checks, library
@@ -21,8 +23,8 @@ def packed_linear(
 
     .. math:: y = [x W_1^\top + b_1;\; x W_2^\top + b_2;\; \ldots]
 
-    Weights that lie behind each other in memory (:func:`are_packed`), as rows of one matrix, are read where they lie; others
-    are copied together first.
+    Weights that lie behind each other in memory, as the rows of one matrix that was split or that :func:`lay_together` has
+    made, are read where they lie; others are copied together first.
 
     Args:
         x: ``[..., C]``.
@@ -62,25 +64,81 @@ def run_packed_linear(
     return F.linear(x, whole, whole_bias)
 
 
-def are_packed(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether contiguous tensors lie behind each other in one piece of memory."""
+class Whole:
+    """Memory in which tensors lie behind each other, as the rows of one tensor, each in a storage of its own.
+
+    Whoever saves tensors takes those that share a storage for tied, and drops all but one.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor: torch.Tensor | None = tensor
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether these tensors, and nothing else, lie here."""
+        return self.tensor is not None and _lie_in(self.tensor, tensors)
+
+    def forget(self) -> None:
+        """Let the memory go, once the tensors have left it."""
+        self.tensor = None
+
+
+# By the address of the first row. Who holds a whole keeps its memory, so that nothing else can come to lie at its address.
+_wholes: weakref.WeakValueDictionary[tuple[torch.device, int], Whole] = weakref.WeakValueDictionary()
+
+
+def lay_together(tensors: Sequence[torch.Tensor]) -> Whole:
+    """Move tensors behind each other, each into a storage that is but its rows, unless somebody has done so already."""
+    whole = _wholes.get(_place(tensors[0]))
+    if whole is not None and whole.holds(tensors):
+        return whole
+    whole = Whole(torch.cat([tensor.detach() for tensor in tensors]))
+    assert whole.tensor is not None
+    for tensor, rows in zip(tensors, whole.tensor.split([len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = dlpack.from_dlpack(rows)
+    _wholes[_place(whole.tensor)] = whole
+    return whole
+
+
+def find_whole(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the one tensor whose rows these are, where they lie behind each other: of one storage, or laid together."""
     first = tensors[0]
-    address, memory = first.data_ptr(), first.untyped_storage().data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != address or tensor.untyped_storage().data_ptr() != memory or not tensor.is_contiguous():
-            return False
-        address += tensor.nbytes
-    return address != first.data_ptr()
+    known, storage = _wholes.get(_place(first)), first.untyped_storage()
+    whole = None if known is None else known.tensor
+    if whole is None:
+        end = first.data_ptr() + sum(tensor.nbytes for tensor in tensors)
+        if end > storage.data_ptr() + storage.nbytes():  # the others may be neighbours by accident
+            return None
+        whole = first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
+    return whole if _lie_in(whole, tensors) else None
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the rows of all tensors as one tensor: a view where they are packed, else a copy."""
+    """Return the rows of all tensors as one tensor: where they lie as one, else a copy."""
     if len(tensors) == 1:
         return tensors[0]
-    if tensors[0].is_meta or not are_packed(tensors):
-        return torch.cat(list(tensors))
-    rows = sum(tensor.shape[0] for tensor in tensors)
-    return tensors[0].as_strided((rows, *tensors[0].shape[1:]), tensors[0].stride())
+    whole = None if tensors[0].is_meta else find_whole(tensors)
+    return torch.cat(list(tensors)) if whole is None else whole
+
+
+def _place(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.data_ptr()
+
+
+def _lie_in(whole: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether ``tensors`` are the rows of ``whole``, in order and all of them."""
+    address, rows, shape = whole.data_ptr(), 0, whole.shape[1:]
+    for tensor in tensors:
+        if (
+            tensor.data_ptr() != address
+            or tensor.dtype != whole.dtype
+            or tensor.device != whole.device
+            or tensor.shape[1:] != shape
+            or not tensor.is_contiguous()
+        ):
+            return False
+        rows += tensor.shape[0]
+        address += tensor.nbytes
+    return rows == whole.shape[0]
 
 
 def _check_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] | None) -> None:
