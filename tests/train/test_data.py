@@ -388,6 +388,9 @@ def test_a_batch_of_nothing_teaches_nothing(tmp_path, processor, models):
         else:
             assert loss == 0
     model.zero_grad()
+    batch = Collator(processor, always_images=False)([items[0]])
+    assert batch["input_ids"].tolist() == [[processor.image_token_id] * TOKENS]
+    assert (batch["labels"] == -100).all()
 
 
 def numbered(folder, processor, count=23):

@@ -104,10 +104,9 @@ def encode(processor: LlavaProcessor, messages: list[dict[str, Any]], tokens: in
     made = tokenizer(repeated(whole), add_special_tokens=not begun, return_offsets_mapping=True, verbose=False)
     ids = made["input_ids"]
     labels = [IGNORED] * len(ids)
-    for place, (first, last) in enumerate(made["offset_mapping"]):
+    for place, (first, _) in enumerate(made["offset_mapping"]):
         answer = bisect_right(starts, first) - 1
-        # Some tokenizers take white space off an offset: a line break before an answer is then an empty range at its start.
-        if answer >= 0 and first < ends[answer] and last > starts[answer]:
+        if answer >= 0 and first < ends[answer]:
             labels[place] = ids[place]
     return ids, labels
 
