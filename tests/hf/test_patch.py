@@ -251,7 +251,7 @@ def test_unpickled_elsewhere_and_imported_when_needed(tmp_path):
 import pickle, sys
 import laco_kernels.hf
 loaded = {{name.split(".")[2] for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name}}
-assert not loaded & {{"llava", "llava_next", "llama4", "gemma3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}}, loaded
+assert not loaded & {{"llava_next", "llama4", "gemma3", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl"}}, loaded
 connector = pickle.load(open({str(tmp_path / "connector")!r}, "rb"))
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 assert isinstance(connector, LlavaNextMultiModalProjector) and type(connector).__name__ == "FusedLlavaNextMultiModalProjector"

@@ -1,17 +1,15 @@
-"""Photos for the benchmark: finding them, opening them safely, and turning them into pixel values."""
+"""Photos for the benchmark: finding them, and turning them into pixel values."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from matplotlib import cbook
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from laco_kernels.errors import complaint
+from laco_kernels.images import open_image, reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +53,7 @@ def read_pixels(files: Sequence[Path], processor: Any) -> tuple[list[torch.Tenso
         try:
             image = open_image(file)
         except Exception as error:  # a damaged file raises whatever its decoder raises; the other files go on
-            failures[str(file)] = _reason(file, error)
+            failures[str(file)] = reason(file, error)
             continue
         try:
             pixels.append(processor(images=[image], return_tensors="pt")["pixel_values"][0])
@@ -64,30 +62,6 @@ def read_pixels(files: Sequence[Path], processor: Any) -> tuple[list[torch.Tenso
             remedy = "Correct the checkpoint's preprocessor_config.json"
             raise ValueError(complaint("encoder", given, "an image processor that works", remedy)) from error
     return pixels, failures
-
-
-def open_image(file: Path) -> Image.Image:
-    """Open a photo as an upright RGB image."""
-    if not file.is_file():
-        raise OSError("not a regular file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that is not looked at
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                return Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-            return upright.convert("RGB")
-
-
-def _reason(file: Path, error: Exception) -> str:
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused as a decompression bomb; scale it down first"
-    if file.is_file() and file.stat().st_size == 0:
-        return "an empty file; copy it again"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read; convert it to JPEG or PNG"
-    return f"damaged or unreadable ({str(error).strip() or type(error).__name__}); copy it again"
 
 
 def batches(pixels: Sequence[torch.Tensor], batch: int) -> list[torch.Tensor]:

@@ -1,1 +1,1 @@
-"""Training, and the small encoders and pictures that experiments on any machine are made with. Needs the ``train`` extra."""
+"""Training LLaVA-style models, and the small encoders and pictures that experiments are made with. Needs the ``train`` extra."""
