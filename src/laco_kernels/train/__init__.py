@@ -1,1 +1,1 @@
-"""Training LLaVA-style models, and the small encoders and pictures that experiments are made with. Needs the ``train`` extra."""
+"""Training LLaVA-style models, and small encoders and pictures to make experiments with. Needs the ``train`` extra."""
