@@ -101,6 +101,18 @@ def test_the_table_is_the_recorded_one():
     assert machine in section[2]
 
 
+def test_the_compressors_rows_are_the_recorded_ones():
+    section = re.search(r"<!-- compressors-\S+ -->\n(.*?)<!-- end of compressors -->", README, re.DOTALL)[1]
+    picture = re.search(r"!\[.*?\]\((benchmarks/results/\S+)\.png\)", section)[1]
+    assert (ROOT / f"{picture}.png").is_file()
+    recorded = (ROOT / f"{picture}.md").read_text()
+    rows = [line for line in recorded.splitlines() if line.startswith("|")]
+    wanted = [line for line in rows if not re.match(r"\| \S+ \| [3-9] \|", line)]
+    assert [line for line in section.splitlines() if line.startswith("|")] == wanted
+    assert {line.split()[1] for line in wanted} >= set(COMPRESSORS)
+    assert re.search(r"^Measured on .*$", recorded, re.MULTILINE)[0] in section
+
+
 def test_the_performance_section_is_the_one_that_laco_report_writes():
     section = README.partition(f"{START}\n")[2].partition(f"\n{END}")[0]
     assert section == page.readme_section(device_folders(ROOT / "benchmarks" / "results")), "run `laco report --readme`"
