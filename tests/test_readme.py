@@ -109,7 +109,7 @@ def test_the_compressors_rows_are_the_recorded_ones():
     rows = [line for line in recorded.splitlines() if line.startswith("|")]
     wanted = [line for line in rows if not re.match(r"\| \S+ \| [3-9] \|", line)]
     assert [line for line in section.splitlines() if line.startswith("|")] == wanted
-    assert {line.split()[1] for line in wanted} >= set(COMPRESSORS)
+    assert {line.split()[1] for line in wanted if line.startswith("| ")} >= set(COMPRESSORS)
     assert re.search(r"^Measured on .*$", recorded, re.MULTILINE)[0] in section
 
 
