@@ -168,7 +168,7 @@ FAULTS = [
     Fault("backward", "a convolution's bias has half a gradient", "column_sum(grad) if", "column_sum(grad / 2) if", CONV),
     Fault("composite", "a convolution's bias is left out", "F.linear(gathered(x, windows, layout), weight, bias)",
         "F.linear(gathered(x, windows, layout), weight)", CONV),
-    Fault("reference", "padding counts in the mean", "tokens.sum(2) / windows.split(ones).sum(2)", "tokens.mean(2)", REFERENCE),
+    Fault("reference", "padding counts in the mean", "(tokens.sum(2, dtype=wide) / windows.split(ones).sum(2)).to(x.dtype)", "tokens.mean(2)", REFERENCE),
     Fault("reference", "the residual has no gradient", "dmerged = dmerged + residual_backward", "residual_backward", REFERENCE),
     Fault("reference", "a convolution's bias has half a gradient", "grad.sum((0, 1)) if needs[2]",
         "grad.sum((0, 1)) / 2 if needs[2]", REFERENCE),

@@ -303,7 +303,8 @@ def test_threads_and_sizes_do_not_meet():
     def work(i):
         for _ in range(20):
             with torch.no_grad():
-                if not torch.equal(twin(inputs[i], **options).last_hidden_state, expected[i]):
+                found = twin(inputs[i], **options).last_hidden_state  # threads may split a sum differently
+                if found.shape != expected[i].shape or (found - expected[i]).abs().max() > 1e-10:
                     wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
