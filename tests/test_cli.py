@@ -282,6 +282,21 @@ def test_bench_compressors_refuses(encoder, arguments, message):
     assert done.stdout == ""
 
 
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(encoder, tmp_path, monkeypatch):
+    from laco_kernels.bench import compressor_report
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compressor_report, "picture", full)
+    wanted = ("--encoder", encoder, "--rounds", 1, "--only", "laco", "--out", tmp_path / "out")
+    done = laco("bench", "compressors", *wanted)
+    assert done.exit_code == 2
+    assert "laco " in done.stdout
+    assert "No space left on device" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_compressed_checkpoint_is_refused(encoder):
     import laco_kernels as lk
 

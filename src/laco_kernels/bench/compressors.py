@@ -171,7 +171,7 @@ def measure_compressors(
         llm=llm,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        rounds=min((row.ms.rounds for row in rows), default=0),
+        rounds=min(row.ms.rounds for row in rows),
         images=images,
         tokens_in=math.prod(stage.grid),
         weights=weights,

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from laco_kernels.errors import complaint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 app = typer.Typer(
     help="Visual-token compression for multimodal LLMs: look at the machine, measure.",
@@ -55,6 +56,39 @@ def complain(message: str) -> None:
 def print_json(data: Any) -> None:
     """Print ``data`` on standard output."""
     print(json.dumps(data, indent=2))
+
+
+def deliver(
+    result: Any,
+    failures: Mapping[str, str],
+    show: Callable[[], None],
+    write: Callable[[Any, Path], list[Path]],
+    out: Path | None,
+    *,
+    as_json: bool,
+    correct: bool,
+) -> None:
+    """Print a result and write its files; where these cannot be written it has been printed all the same.
+
+    Exits with 2 where it could not be written, and with 1 where a photo could not be read or a row is not ``correct``.
+    """
+    if not as_json:
+        show()
+    paths: list[Path] = []
+    unwritten = None
+    try:
+        paths = write(result, out) if out is not None else []
+    except OSError as error:
+        unwritten = complaint("out", f"{str(out)!r} ({error.strerror})", "a folder that can be written to", "Choose another")
+    if as_json:
+        print_json({**result.to_dict(), "failed_images": failures, "files": [str(path) for path in paths]})
+    for path in paths:
+        err_console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if unwritten is not None:
+        complain(unwritten)
+        raise typer.Exit(2)
+    if failures or not correct:
+        raise typer.Exit(1)
 
 
 def parse_device(name: str | None) -> torch.device:

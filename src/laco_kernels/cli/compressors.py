@@ -12,11 +12,10 @@ from laco_kernels.cli.common import (
     Device,
     Json,
     bench,
-    err_console,
+    deliver,
     out_console,
     parse_device,
     parse_dtype,
-    print_json,
     progress_bar,
     quiet_transformers,
     usage_errors,
@@ -79,10 +78,8 @@ def compressors(
                 seconds=seconds,
                 on_step=step,
             )
-        paths = compressor_report.write(result, out) if out is not None else []
-    if as_json:
-        print_json({**result.to_dict(), "failed_images": failures, "files": [str(path) for path in paths]})
-    else:
+
+    def show() -> None:
         out_console.print(compressor_report.headline(result), style="bold", markup=False, highlight=False)
         explained = (compressor_report.legend(result), compressor_report.whole_legend(result))
         for table, text in zip(compressor_report.tables(result), explained, strict=True):
@@ -91,10 +88,9 @@ def compressors(
         for key, reason in result.left_out.items():
             out_console.print(f"left out: {key.replace(' ', ', ratio ')}: {reason}", style="dim", markup=False, highlight=False)
         out_console.print(f"On {report.machine(result)}", style="dim", markup=False, highlight=False)
-    for path in paths:
-        err_console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-    if failures or not all(row.correct for row in result.rows):
-        raise typer.Exit(1)
+
+    correct = all(row.correct for row in result.rows)
+    deliver(result, failures, show, compressor_report.write, out, as_json=as_json, correct=correct)
 
 
 def _numbers(text: str) -> list[int]:

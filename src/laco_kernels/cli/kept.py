@@ -12,11 +12,9 @@ from laco_kernels.cli.common import (
     Device,
     Json,
     bench,
-    complain,
-    err_console,
+    deliver,
     out_console,
     parse_device,
-    print_json,
     progress_bar,
     quiet_transformers,
     usage_errors,
@@ -77,7 +75,8 @@ def kept(
         found["encoder"].to(place)
         with progress_bar() as step:
             result = measure_kept(**found, depths=wanted, ratio=ratio, seeds=seeds, names=names, on_step=step)
-    if not as_json:
+
+    def show() -> None:
         out_console.print(kept_report.headline(result), style="bold", markup=False, highlight=False)
         for table in kept_report.tables(result):
             out_console.print(table)
@@ -86,21 +85,8 @@ def kept(
             out_console.print(line, markup=False, highlight=False)
         out_console.print(kept_report.legend(result), style="dim", markup=False, highlight=False)
         out_console.print(f"On {report.machine(result)}", style="dim", markup=False, highlight=False)
-    paths: list[Path] = []
-    unwritten = None
-    try:
-        paths = kept_report.write(result, out) if out is not None else []
-    except OSError as error:
-        unwritten = complaint("out", f"{str(out)!r} ({error.strerror})", "a folder that can be written to", "Choose another")
-    if as_json:
-        print_json({**result.to_dict(), "failed_images": failures, "files": [str(path) for path in paths]})
-    for path in paths:
-        err_console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-    if unwritten is not None:
-        complain(unwritten)
-        raise typer.Exit(2)
-    if failures:
-        raise typer.Exit(1)
+
+    deliver(result, failures, show, kept_report.write, out, as_json=as_json, correct=True)
 
 
 def _tiny_tower(steps: int | None) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from laco_kernels.cli.common import (
     Json,
     bench,
     complain,
-    err_console,
+    deliver,
     out_console,
     parse_device,
     parse_dtype,
-    print_json,
     progress_bar,
     quiet_transformers,
     usage_errors,
@@ -87,26 +86,15 @@ def vec(
             raise
         complain(complaint("batch", batch, f"a batch that fits into the memory of {place}", "Pass a smaller --batch"))
         raise typer.Exit(2) from None
-    if not as_json:
+
+    def show() -> None:
         out_console.print(report.headline(result), style="bold", markup=False, highlight=False)
         out_console.print(report.table(result))
         out_console.print(report.legend(result), style="dim", markup=False, highlight=False)
         out_console.print(f"On {report.machine(result)}", style="dim", markup=False, highlight=False)
-    paths: list[Path] = []
-    unwritten = None
-    try:
-        paths = report.write(result, out) if out is not None else []
-    except OSError as error:
-        unwritten = complaint("out", f"{str(out)!r} ({error.strerror})", "a folder that can be written to", "Choose another")
-    if as_json:
-        print_json({**result.to_dict(), "failed_images": failures, "files": [str(path) for path in paths]})
-    for path in paths:
-        err_console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-    if unwritten is not None:
-        complain(unwritten)
-        raise typer.Exit(2)
-    if failures or not all(row.correct for row in result.rows):
-        raise typer.Exit(1)
+
+    correct = all(row.correct for row in result.rows)
+    deliver(result, failures, show, report.write, out, as_json=as_json, correct=correct)
 
 
 def _modes(*, compiled: bool, optimized: bool, can_graph: bool) -> list[str]:

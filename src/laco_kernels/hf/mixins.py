@@ -171,8 +171,9 @@ class CompressedEncoder(PreTrainedModel):
 
     def _check_bias(self) -> None:
         """Raise RuntimeError where layers attend in proportion, for which attention has to take a bias for every key."""
-        biased = any(isinstance(layer, MergingLayer) and layer.in_proportion for layer in self.get_submodule(self.layers_path))
-        if biased and self.config._attn_implementation not in BIASED:
+        if self.config._attn_implementation in BIASED:
+            return
+        if any(isinstance(layer, MergingLayer) and layer.in_proportion for layer in self.get_submodule(self.layers_path)):
             given = f"{self.config._attn_implementation!r} behind tokens of different sizes"
             remedy = "Compress with proportional=False, or call set_attn_implementation('sdpa')"
             raise RuntimeError(complaint("attn_implementation", given, f"one of {', '.join(map(repr, BIASED))}", remedy))

@@ -56,11 +56,7 @@ def points_of(config: Any) -> list[tuple[int, int]]:
         remedy = "Build the model with laco_kernels.hf.compress"
         raise ValueError(complaint("config", given, f"a dictionary of {', '.join(wanted)}", remedy))
     layers, ratios = as_list(compression["layer"]), as_list(compression["ratio"])
-    if len(layers) != len(ratios):
-        expected = f"one for each of the {len(layers)} layers"
-        raise ValueError(
-            complaint("ratio", f"{len(ratios)} of them", expected, "Pass one number for all, or as many as layers")
-        )
+    check_count("ratio", ratios, len(layers))
     points = [(integer("layer", layer, 1), integer("ratio", ratio, 2)) for layer, ratio in zip(layers, ratios, strict=True)]
     before = 0
     for layer, _ in points:
@@ -111,7 +107,8 @@ def build_merges(config: Any, device: torch.device | str | None = None) -> list[
             if "grid" in inspect.signature(kind).parameters:  # positions of its own are those of the grid that comes to it
                 own["grid"] = grid
             if isinstance(options.get("num_tokens"), (list, tuple)):
-                own["num_tokens"] = _entry("num_tokens", options["num_tokens"], i, len(points))
+                check_count("num_tokens", options["num_tokens"], len(points))
+                own["num_tokens"] = options["num_tokens"][i]
             merge: Any = build_compressor(name, **{**common, **own})
             left = merge.budget(count) if merge.reads_attention else merge.num_output_patches(grid)
             if left >= count > 1:
@@ -122,11 +119,11 @@ def build_merges(config: Any, device: torch.device | str | None = None) -> list[
     return merges
 
 
-def _entry(name: str, values: Sequence[Any], i: int, count: int) -> Any:
+def check_count(name: str, values: Sequence[Any], count: int) -> None:
+    """Raise ValueError unless there is a value for each of ``count`` layers."""
     if len(values) != count:
         expected = f"one for each of the {count} layers"
         raise ValueError(complaint(name, f"{len(values)} of them", expected, "Pass one number for all, or as many as layers"))
-    return values[i]
 
 
 @dataclass(frozen=True)

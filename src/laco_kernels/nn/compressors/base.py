@@ -112,9 +112,9 @@ class Compressor(nn.Module):
         """Draw the weights of all children anew, as these do by themselves."""
         _draw_children(self)
 
-    def windows(self, grid: Sequence[int], prefix_tokens: int = 0) -> Windows:
+    def windows(self, grid: Sequence[int]) -> Windows:
         """Return the windows of ``grid``; refused where ``ratio`` does not divide it and nothing completes it."""
-        return Windows(check_grid(grid), self.ratio, prefix_tokens, self.pad or self.fits_any_grid)
+        return Windows(check_grid(grid), self.ratio, pad=self.pad or self.fits_any_grid)
 
     def out_grid(self, grid: Sequence[int]) -> tuple[int, int] | None:
         """Return the grid of the tokens that come out for ``grid = (H, W)``; ``None`` where they no longer form one."""

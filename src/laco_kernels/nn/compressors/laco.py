@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from laco_kernels.geometry import check_grid
 from laco_kernels.nn.compressors.base import Compressor
@@ -34,19 +34,17 @@ class Laco(Compressor):
         out_dim: int | None = None,
         ratio: int = 2,
         *,
-        place: str | None = None,
-        prefix_tokens: int = 0,
         residual: bool | str | None = None,
-        pad: bool = False,
         hidden_dim: int | None = None,
         norm: str | None = None,
         bias: bool = True,
         zero_init_last: bool | None = None,
         approximate: str = "none",
+        **common: Any,
     ) -> None:
         residual = out_dim in (None, in_dim) if residual is None else residual
-        super().__init__(in_dim, out_dim, ratio, place=place, prefix_tokens=prefix_tokens, residual=residual, pad=pad)
-        passed_on = prefix_tokens if self.place == "inside" else 0
+        super().__init__(in_dim, out_dim, ratio, residual=residual, **common)
+        passed_on = self.prefix_tokens if self.place == "inside" else 0
         self.layer = PatchMergeLayer(
             in_dim,
             ratio,
@@ -58,7 +56,7 @@ class Laco(Compressor):
             zero_init_last=zero_init_last,
             approximate=approximate,
             prefix_tokens=passed_on,
-            pad=pad,
+            pad=self.pad,
         )
 
     def forward(
