@@ -19,6 +19,7 @@ from laco_kernels.train.data import ConversationDataset, inspect
 from laco_kernels.train.mixture import read_data
 from laco_kernels.train.output import check_output, claim, write_result
 from laco_kernels.train.parts import parts_of
+from laco_kernels.train.resuming import model_state
 from laco_kernels.train.trainer import LacoTrainer
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def execute(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback]
     if is_main():
         claim(recipe)
     trainer.train(resume_from_checkpoint=resume and _has_checkpoint(recipe.output))
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes together, where it is sharded
     model = trainer.accelerator.unwrap_model(trainer.model)
+    state = model_state(model, keep=is_main())  # all processes together, over which it may be spread
     config["use_cache"] = use_cache  # which the Trainer turns off, and a saved model is to generate with
     if use_cache is None:
         del config["use_cache"]
@@ -206,8 +207,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "disable_tqdm": True,
         "log_level_replica": "error",
         "dataloader_pin_memory": not on_cpu,
-        # A trained encoder has weights behind the layer that the projector reads, such as its last norm.
-        "ddp_find_unused_parameters": "encoder" in train.rates,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
     }
     try:
