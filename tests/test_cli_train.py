@@ -192,10 +192,14 @@ def test_every_recipe_of_the_package_can_be_prepared(name, place, stage1, stf):
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_steps(place, stage1, tmp_path):
-    changes = options(place, tmp_path / "out", **parts(place), train__epochs=3)
+    halves = [{"json_path": str(place / "data.json"), "sampling_strategy": which} for which in ("first:5", "end:50%")]
+    (place / "mixture.yaml").write_text(json.dumps({"datasets": halves}))
+    changes = options(place, tmp_path / "out", **parts(place), train__epochs=3, data__path=place / "mixture.yaml")
     done = laco("train", "laco-stage1", *changes, "--dry-run")
     assert done.exit_code == 0, done.output
-    assert "steps 9, 0 of them" in " ".join(done.stdout.split())
+    text = " ".join(done.stdout.split())
+    assert "steps 9, 0 of them" in text
+    assert "data.json: 5 of 10 (first:5) data.json: 5 of 10 (end:50%)" in text
     assert list(tmp_path.iterdir()) == []
     assert laco("train", "laco-stage1", *changes, "--resume").exit_code == 0, "where nothing is, it begins"
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 9
@@ -239,6 +243,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_nothing_else(place, tmp_path)
         ),
         ({"trainer": "{learning_rat: 1}"}, "trainer.learning_rat: got an unknown key"),
         ({"trainer": "{optim: adamm}"}, "trainer: got {'optim': 'adamm'} (adamm is not a valid OptimizerNames"),
+        ({"trainer": "{deepspeed: zero.json}"}, "trainer: got {'deepspeed': 'zero.json'} ("),
         ({"train__rates": "{llm: 1}", "train__min_lr": 0, "output": "/proc/nowhere"}, "path: got '/proc/nowhere"),
     ],
 )

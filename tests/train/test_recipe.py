@@ -12,7 +12,10 @@ import laco_kernels as lk
 from laco_kernels.bench import cases, prefill
 from laco_kernels.train.assemble import build_options, prepare_parts
 from laco_kernels.train.groups import parameter_groups
+from laco_kernels.train.parts import part_of
 from laco_kernels.train.recipe import load_recipe, packaged, summary, to_yaml
+
+from ..hf.llava import llava
 
 SMALL = """
 output: out
@@ -80,6 +83,24 @@ def test_groups_of_the_papers_models(name, built_by, vision, text):
     expected |= {"encoder": 309.53, "llm": 494.03} if name == "laco-stage1.5" else {}
     expected |= {"llm": 319.8} if name == "stf-finetune-lora" else {}
     assert {part: millions[part] for part in expected} == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize("trained", [("llm",), ("projector", "llm"), ("merge", "llm"), ("encoder", "llm"), tuple(ALL)])
+def test_lora_trains_adapters_and_the_other_parts_with_a_rate(small, trained):
+    rates = ", ".join(f"{part}: 1e-3" for part in trained)
+    recipe = load_recipe(small, [f"train.rates={{{rates}}}", "lora={r: 2, alpha: 4, targets: [q_proj], merge: true}"])
+    model = prepare_parts(llava("clip", compressor="laco", layer=2), recipe)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {part_of(name) for name in names} == set(trained)
+    assert all(("q_proj.lora_" in name) == (part_of(name) == "llm") for name in names)
+    assert not any("original_module" in name for name in names)
+    parameter_groups(model, recipe.train.rates)
+
+
+def test_lora_on_layers_that_are_not_there_is_refused(small):
+    recipe = load_recipe(small, ["train.rates={llm: 1}", "lora={r: 2, alpha: 4, targets: [c_attn], merge: true}"])
+    with pytest.raises(ValueError, match=r"lora\.targets: got c_attn .*expected names of linear layers of the LLM"):
+        prepare_parts(llava("clip"), recipe)
 
 
 def test_what_is_not_said_is_usual_and_paths_are_relative_to_the_file(small, monkeypatch):

@@ -211,9 +211,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     try:
         args = TrainingArguments(**{**defaults, **recipe.trainer, **own})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:  # the last where DeepSpeed is wanted and not installed
         given = f"{recipe.trainer} ({' '.join(str(error).split())})"
-        raise ValueError(complaint("trainer", given, "what TrainingArguments takes here", "Correct it")) from error
+        expected = "what TrainingArguments takes here"
+        raise ValueError(complaint("trainer", given, expected, "Correct it, or install what it needs")) from error
     if args.n_gpu > 1:
         remedy = f"Run torchrun --nproc-per-node {args.n_gpu} -m laco_kernels.cli train ..., or set CUDA_VISIBLE_DEVICES=0"
         raise ValueError(complaint("devices", f"{args.n_gpu} GPUs in one process", "one GPU a process", remedy))
