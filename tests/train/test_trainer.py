@@ -238,6 +238,12 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     assert latest(tmp_path / "out").name == "checkpoint-2"
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    words = ["output_dir: got", "which cannot be written to (Not a directory)", "Make it writable"]
+    raises(CheckpointError, lambda: trainer(tmp_path, out="file/out"), *words)
+
+
 def test_what_loading_leaves_out_is_counted_and_resumed(tmp_path):
     change = {"change": lambda inspection: poison(inspection, "s3", skip=True), "cap": 1}
     whole = trainer(tmp_path, out="whole", **change)
