@@ -244,7 +244,10 @@ def test_a_loss_that_is_no_number_ends_the_run_and_nothing_else(place, tmp_path)
         ({"trainer": "{learning_rat: 1}"}, "trainer.learning_rat: got an unknown key"),
         ({"trainer": "{optim: adamm}"}, "trainer: got {'optim': 'adamm'} (adamm is not a valid OptimizerNames"),
         ({"trainer": "{deepspeed: zero.json}"}, "trainer: got {'deepspeed': 'zero.json'} ("),
-        ({"train__rates": "{llm: 1}", "train__min_lr": 0, "output": "/proc/nowhere"}, "path: got '/proc/nowhere"),
+        (
+            {"train__rates": "{llm: 1}", "train__min_lr": 0, "output": "/proc/nowhere"},
+            "got /proc/nowhere, which cannot be written to",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, changes, message):
