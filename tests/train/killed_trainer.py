@@ -56,38 +56,49 @@ def forked(work):
     return child, reader
 
 
+def finish(folder, out):
+    """Let a run come to its end; how long that takes."""
+    child, reader = forked(lambda _: run(folder, out))
+    began = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(reader)
+    return time.monotonic() - began
+
+
+def equal(folder, one, other):
+    """Whether two runs came to the same, bit for bit."""
+    one, other = (folder / out / f"checkpoint-{STEPS}" for out in (one, other))
+    names = {path.name for path in one.iterdir()} - {MANIFEST, "run.json", "trainer_state.json"}
+    return len(names) > 8 and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
 def main(folder, times, seed):
     torch.set_num_threads(1)
     chance = random.Random(seed)
-    child, reader = forked(lambda _: run(folder, "whole"))
-    began = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    length = time.monotonic() - began
-    os.close(reader)
-    done, kills, interrupted = 0, 0, 0
+    length = finish(folder, "whole")
+    runs, done, kills, interrupted = [0], 0, 0, 0
     while kills < times:
-        child, reader = forked(lambda writer: run(folder, "killed", writer))
+        out = f"killed {runs[-1]}"
+        child, reader = forked(lambda writer: run(folder, out, writer))  # noqa: B023, it is called at once
         time.sleep(chance.uniform(0.1, 0.6) * length)
         os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with os.fdopen(reader) as lines:
             done = max([done, *map(int, lines)])
-        found = survey(folder / "killed")
+        found = survey(folder / out)
         assert all("incomplete" in reason for reason in found.passed_over.values()), found
         interrupted += len(found.passed_over)
         if done:
             assert int(found.latest.name.split("-")[1].split(".")[0]) >= done, f"{done} was saved, {found.latest} is the latest"
-        if code == 0:  # it came to its end: what follows begins anew
-            break
-        assert code == -signal.SIGKILL, code
-        kills += 1
-    child, reader = forked(lambda writer: run(folder, "killed", writer))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    os.close(reader)
-    one, other = (folder / out / f"checkpoint-{STEPS}" for out in ("whole", "killed"))
-    names = {path.name for path in one.iterdir()} - {MANIFEST, "run.json", "trainer_state.json"}
-    equal = all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-    print(json.dumps({"kills": kills, "interrupted": interrupted, "equal": equal and len(names) > 8}))
+        if code == 0:  # it came to its end before: begin anew
+            runs.append(runs[-1] + 1)
+            done = 0
+        else:
+            assert code == -signal.SIGKILL, code
+            kills += 1
+    finish(folder, f"killed {runs[-1]}")
+    same = all(equal(folder, "whole", f"killed {number}") for number in runs)
+    print(json.dumps({"kills": kills, "interrupted": interrupted, "runs": len(runs), "equal": same}))
 
 
 if __name__ == "__main__":
