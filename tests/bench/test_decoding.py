@@ -10,6 +10,7 @@ from laco_kernels.bench.decoding import Eager, Static, Work, exactly
 
 CPU = torch.device("cpu")
 NEW = 7
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero")
 
 
 def models(method):
@@ -103,7 +104,7 @@ def test_a_step_waits_for_nothing(every):
         asked = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            type(self).asked += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            type(self).asked += func.name().removeprefix("aten::") in WAITS
             return func(*args, **(kwargs or {}))
 
     for model in every.values():

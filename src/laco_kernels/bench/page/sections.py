@@ -65,14 +65,14 @@ def headlines(device: Device) -> list[str]:
 
 def facts(device: Device) -> list[Cell]:
     """What to know before reading on, as a number and what it counts."""
-    goals = [losses.goals(device), llava.goals(device)]
+    goals = [table for table in (losses.goals(device), llava.goals(device)) if len(table)]
     lost = len(losses.losing(device)) + len(losses.losing_vec(device)) + len(llava.losing(device))
     failed = sum(row.values.get("ok") is False for row in device.rows)
     untimed = len(losses.untimed(device))
     counts = [(len(device.rows), "row", "", ""), (lost, "losing row", "", "bad"), (failed, "failed tick", "", "bad")]
     counts.append((untimed, "row", " without a time", ""))
     out = [Cell(str(n), text.plural(n, noun).partition(" ")[2] + rest, kind if n else "") for n, noun, rest, kind in counts]
-    if any(map(len, goals)):
+    if goals:
         missed = sum(losses.missed(table) for table in goals)
         out.append(Cell(f"{sum(map(len, goals)) - missed} of {sum(map(len, goals))}", "goals met"))
     return out
