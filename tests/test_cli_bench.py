@@ -95,15 +95,15 @@ def test_bench_all_resumes(tmp_path):
     first = laco(*arguments)
     assert first.exit_code == 0, first.output
     assert "compil" not in first.stderr, "not ahead on a processor"
-    assert "9 measured, 0 measured before, 0 left" in first.stdout
+    assert "11 measured, 0 measured before, 0 left" in first.stdout
     (folder,) = tmp_path.iterdir()
     rows = Results.open(folder).rows
     assert {row.suite for row in rows.values()} == {"tiny"}, "kept out of tables and reports"
     second = laco(*arguments)
-    assert "0 measured, 9 measured before, 0 left" in second.stdout
+    assert "0 measured, 11 measured before, 0 left" in second.stdout
     assert Results.open(folder).rows == rows
     third = laco(*arguments[:-1], "v2", "--budget", "0s")
-    assert "0 measured, 0 measured before, 9 left for lack of time" in third.stdout
+    assert "0 measured, 0 measured before, 11 left for lack of time" in third.stdout
 
 
 def test_bench_all_compiles_ahead_and_that_is_part_of_the_budget(monkeypatch):

@@ -1,9 +1,11 @@
 """``laco bench all``: the most telling first, under a budget, resumed and never redone."""
 
+import json
+
 import pytest
 import torch
 
-from laco_kernels.bench import campaign, plan, vec_units
+from laco_kernels.bench import campaign, llava_units, plan, vec_units
 from laco_kernels.bench.campaign import Unit, furthest, run
 from laco_kernels.bench.page import vec as page_vec
 from laco_kernels.bench.results import Results, Row
@@ -111,15 +113,16 @@ def test_the_plan_begins_with_the_goals_then_encoders_then_what_runs_in_them():
     units = plan.plan(CPU, "bfloat16")
     suites = [unit.suite for unit in units]
     assert suites[:10] == ["ops"] * 10
-    assert suites[10:17] == ["vec"] * 7
-    assert suites[17:61] == ["tower"] * 44
-    assert [unit.cases[0]["layout"] for unit in units[61:91]] == 3 * [*["block"] * 9, "raster"]
-    assert "backward" in {unit.cases[0]["direction"] for unit in units[91:105]}, "what the selection needs comes early"
-    assert suites[105:118] == ["sweep"] * 13
+    assert suites[10:14] == ["generate", "generate", "step", "step"], "whole models with a goal"
+    assert suites[14:21] == ["vec"] * 7
+    assert suites[21:65] == ["tower"] * 44
+    assert [unit.cases[0]["layout"] for unit in units[65:95]] == 3 * [*["block"] * 9, "raster"]
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[95:109]}, "what the selection needs comes early"
+    assert suites[109:122] == ["sweep"] * 13
     kinds = [unit.kind for unit in units]
     assert kinds.index("max-autotune") == kinds.index("vec compile") + 1 == len(units) - 10, "what eats the budget comes last"
     names = [unit.name for unit in units]
-    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13 + 44
+    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13 + 44 + 4
     assert suites.count("sweep") == 13
 
 
@@ -139,6 +142,50 @@ def test_a_training_step_has_rows_and_a_table_of_its_own():
         for extra in ({}, {"step": ""})
     ]
     assert [key[0] for key in page_vec.runs(rows)] == ["tiny-aimv2-l-336", "tiny-aimv2-l-336, training step"]
+
+
+def test_whole_models_have_rows_of_every_model_and_mode():
+    units = llava_units.llava_units(CPU, "float32", small=True, rounds=1, seconds=0)
+    assert [(unit.suite, unit.kind) for unit in units] == [("tiny", "generate laco"), ("tiny", "step stf")]
+    for unit in units:
+        measured = unit.measure()
+        assert {(str(case), variant) for case, variant, _ in measured} == {
+            (str(case), variant) for case in unit.cases for variant in unit.variants
+        }
+        results = Results(None)
+        results._take({"id": "e", "environment": {}})
+        for case, variant, values in measured:  # refuses what is no row
+            results._take(vars(Row("generate", case, variant, json.loads(json.dumps(values)), "e", None)))
+        assert all(values["ok"] and values["goal"] is None and case["reduced"] for case, _, values in measured)
+    assert set(measured[0][2]["timings"]) == {"wall", "forward", "backward", "update"}
+
+
+def test_a_model_that_does_not_fit_keeps_that_as_its_rows_reason(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room\nfor details")
+
+    monkeypatch.setattr(llava_units.generate, "measure_generate", full)
+    unit = llava_units.llava_units(CPU, "float32", small=True, rounds=1, seconds=0)[0]
+    measured = unit.measure()
+    assert [values["reason"] for *_, values in measured] == ["does not fit: no room"] * 4
+    assert {variant for _, variant, _ in measured} == set(unit.variants)
+
+
+def test_on_a_gpu_whole_models_with_a_goal_come_first_and_each_run_once():
+    goals, others = (
+        llava_units.llava_units(torch.device("cuda"), "bfloat16", small=False, rounds=None, seconds=8, goals=goals)
+        for goals in (True, False)
+    )
+    assert len(goals) == 4
+    assert {case["llm"] for unit in others for case in unit.cases} == {
+        "qwen2.5-0.5b",
+        "vicuna-7b",
+        "vicuna-13b",
+        "llama-3.1-8b",
+    }
+    assert len({unit.name for unit in (*goals, *others)}) == len(goals) + len(others)
+    assert not any("reduced" in case for unit in (*goals, *others) for case in unit.cases)
+    assert [unit.kind.endswith("compile") for unit in others] == [False] * 7 + [True] * 2
 
 
 def test_the_cases_furthest_from_their_goal_are_found():

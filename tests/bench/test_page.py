@@ -109,6 +109,7 @@ def test_gpus_come_first_and_every_device_has_a_section(folders, report):
     headings = re.findall(r"<h2>(.*?)</h2>", report)
     assert headings == [
         "Beside LaCo&#39;s tables" if "&#39;" in report.split("</h2>")[0] else "Beside LaCo's tables",
+        "Whole models beside the papers' tables",
         "Example H900",
         "Example CPU 9000, 2 threads",
         "How each number was taken",

@@ -29,8 +29,8 @@ class Change:
 
     @property
     def counts(self) -> bool:
-        """Whether the row is of this library: an encoder, or one of its implementations of an operator."""
-        return self.suite == "vec" or self.variant in OURS
+        """Whether the row is of this library: a model, or one of its implementations of an operator."""
+        return self.suite in ("vec", "generate", "step") or self.variant in OURS
 
     def is_slower(self, tolerance: float) -> bool:
         """Whether it lost more than ``tolerance`` (a fraction) beyond what both intervals allow."""

@@ -58,9 +58,12 @@ def plan(
 ) -> list[Unit]:
     """Return every unit, the most telling first.
 
-    Operators with a goal, encoders, the other operators and the merge as they run inside these, the shapes of the goals in
-    other directions, sweeps, the other shapes; last what takes longest, compiled encoders and the goals with max-autotune.
+    Operators with a goal, generation and training steps with one, encoders, the other operators and the merge as they run
+    inside these, the shapes of the goals in other directions, sweeps, the other shapes, generation and training steps without
+    a goal; last what takes longest, compiled encoders and the goals with max-autotune.
     """
+    from laco_kernels.bench.llava_units import llava_units  # transformers takes seconds to import, which operators do not need
+
     options: dict[str, Any] = {"limits": limits, "rounds": rounds, "seconds": seconds}
     ops: Sequence[AnyCase] = op_cases.op_cases(dtype)
     inside: Sequence[AnyCase] = op_cases.encoder_cases(dtype)
@@ -80,5 +83,7 @@ def plan(
     encoders = vec_units(device, dtype, small=small, rounds=rounds, seconds=8 * seconds)
     again = [] if autotune or small else units(goals, autotune=True)
     compiled = [] if small else vec_units(device, dtype, small=False, rounds=rounds, seconds=8 * seconds, compiled=True)
-    first = [*units(goals), *encoders, *units(tower), *units(inside), *units(akin)]
-    return [*first, *units(sweeps, False), *units(rest), *compiled, *again]
+    models = llava_units(device, dtype, small=small, rounds=rounds, seconds=16 * seconds)
+    others = [] if small else llava_units(device, dtype, small=False, rounds=rounds, seconds=16 * seconds, goals=False)
+    first = [*units(goals), *models, *encoders, *units(tower), *units(inside), *units(akin)]
+    return [*first, *units(sweeps, False), *units(rest), *others, *compiled, *again]

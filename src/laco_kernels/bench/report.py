@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from laco_kernels.bench.compressors import CompressorResult
+    from laco_kernels.bench.generate import GenerateResult
     from laco_kernels.bench.kept import KeptResult
+    from laco_kernels.bench.step import StepResult
     from laco_kernels.bench.system import VecResult, VecRow
 
 SUFFIXES = ("json", "md", "png")
@@ -40,7 +42,7 @@ def headline(result: VecResult) -> str:
     )
 
 
-def machine(result: VecResult | CompressorResult | KeptResult) -> str:
+def machine(result: VecResult | CompressorResult | KeptResult | GenerateResult | StepResult) -> str:
     """One line that says where it was measured."""
     env = result.environment
     threads = f", {env['cpu_threads']} threads" if result.device == "cpu" else f", driver {env['driver']}"

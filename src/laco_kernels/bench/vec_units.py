@@ -112,7 +112,7 @@ def rows(result: VecResult) -> Measured:
             "ok": row.correct,
             "budget": row.error_budget,
             "reason": None if row.correct else "wrong: further from float64 than twice the raster layout",
-            "timings": {"wall": _microseconds(row.vec_ms)} if row.correct else {},
+            "timings": {"wall": microseconds(row.vec_ms)} if row.correct else {},
             "ratio": dataclasses.asdict(row.ratio) if row.correct else None,
             "mode_ratio": dataclasses.asdict(row.mode_ratio) if row.correct else None,
             "peak_bytes": round(row.peak_mib * 2**20) if "graphs" not in row.mode else None,  # held by the graph for good
@@ -124,6 +124,7 @@ def rows(result: VecResult) -> Measured:
     return found
 
 
-def _microseconds(spread: Spread) -> dict[str, float]:
+def microseconds(spread: Spread) -> dict[str, float]:
+    """Return milliseconds as rows keep them."""
     times = {name: 1e3 * getattr(spread, name) for name in ("median", "p20", "p80", "low", "high")}
     return {**times, "rounds": spread.rounds}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from laco_kernels.bench.page import sections, vec, views
+from laco_kernels.bench.page import llava, sections, vec, views
 from laco_kernels.bench.page.charts import draw
 from laco_kernels.bench.page.devices import read
 from laco_kernels.bench.page.how import HOW
@@ -68,6 +68,7 @@ def readme_section(folders: Sequence[Path]) -> str:
                 for table in vec.beside_the_paper([device])
                 if not any(line.heading == vec.NO_ROWS for line in table.lines)
             ],
+            "models": [table for table in llava.beside_the_papers([device]) if len(table) > 1],
             "overview": views.overview(device).without(*views.BESIDE_SPEED),
             "inside": views.overview(device, "tower").without(*views.BESIDE_SPEED),
             "losing": sections.where_we_lose(device, brief=True),
@@ -83,6 +84,7 @@ def _data(folders: Sequence[Path]) -> dict[str, Any]:
         "measured_on_gpu": not sections.empty(devices),
         "not_measured": NOT_MEASURED,
         "paper": vec.beside_the_paper(devices),
+        "models": llava.beside_the_papers(devices),
         "sections": [sections.section(device) for device in devices],
         "how": HOW,
     }

@@ -40,5 +40,17 @@ HOW = (
         "The vision encoding cost: the time of one batch through the whole encoder. Its ratio is the time at @1 in eager mode "
         "over that of the row. Outside: the part of the time that is spent outside embeddings, layers, merge and norms.",
     ),
+    (
+        "TTFT, TPS, TPOT",
+        "The time from prompt and image, both on the device, to the first token, whose parts are vision, projector and prefill "
+        "with all else; the new tokens of all rows over the time of the whole answer; the time of each token behind the first. "
+        "Greedy, a fixed number of tokens. Ratios are to the first model in eager mode; a row is correct where its logits err "
+        "at most twice as much as eager's against float64, and in float32 where its tokens are eager's, too.",
+    ),
+    (
+        "Training step",
+        "Forward and backward pass and AdamW's update on one batch with random weights. Held: weights and AdamW's moments; "
+        "peak: the most that a step takes beyond them. Correct: loss and gradients of narrow models, as above.",
+    ),
     ("On a CPU", "The wall clock. Absolute times are shown for whole encoders only; elsewhere ratios are."),
 )

@@ -160,6 +160,7 @@ def untimed(device: Device) -> Table:
         name = text.encoder(row.case)
         if "depth" in row.case:
             name += f" {text.depth_label(text.fraction(row.case['depth']))}"
+        name += f" {row.case['subject']}" if "subject" in row.case else ""
         label = Cell(str(row.case.get("op", row.suite)), f"{name}, {text.shape(row.case)}")
         failed = row.values.get("ok") is False
         table.add(label, row.variant, Cell(read.why(row), kind="bad" if failed else ""), device.run(row))

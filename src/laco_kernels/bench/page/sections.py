@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from laco_kernels.bench.page import losses, series, text, vec, views
+from laco_kernels.bench.page import llava, losses, series, text, vec, views
 from laco_kernels.bench.page import rows as read
 from laco_kernels.bench.page.devices import environment_tables, headline, letter
 from laco_kernels.bench.page.grouping import cases
@@ -35,7 +35,15 @@ class Part:
 
 def section(device: Device) -> dict[str, Any]:
     """Return everything that is said about one device."""
-    parts = [*_vec(device), _growth(device), *_operators(device), *_tower(device), _memory(device), *where_we_lose(device)]
+    parts = [
+        *_vec(device),
+        *_models(device),
+        _growth(device),
+        *_operators(device),
+        *_tower(device),
+        _memory(device),
+        *where_we_lose(device),
+    ]
     for part in parts:
         part.tables = [piece for table in part.tables for piece in table.split(LONG)]
     return {
@@ -57,15 +65,16 @@ def headlines(device: Device) -> list[str]:
 
 def facts(device: Device) -> list[Cell]:
     """What to know before reading on, as a number and what it counts."""
-    goals = losses.goals(device)
-    lost = len(losses.losing(device)) + len(losses.losing_vec(device))
+    goals = [table for table in (losses.goals(device), llava.goals(device)) if len(table)]
+    lost = len(losses.losing(device)) + len(losses.losing_vec(device)) + len(llava.losing(device))
     failed = sum(row.values.get("ok") is False for row in device.rows)
     untimed = len(losses.untimed(device))
     counts = [(len(device.rows), "row", "", ""), (lost, "losing row", "", "bad"), (failed, "failed tick", "", "bad")]
     counts.append((untimed, "row", " without a time", ""))
     out = [Cell(str(n), text.plural(n, noun).partition(" ")[2] + rest, kind if n else "") for n, noun, rest, kind in counts]
-    if len(goals):
-        out.append(Cell(f"{len(goals) - losses.missed(goals)} of {len(goals)}", "goals met"))
+    if goals:
+        missed = sum(losses.missed(table) for table in goals)
+        out.append(Cell(f"{sum(map(len, goals)) - missed} of {sum(map(len, goals))}", "goals met"))
     return out
 
 
@@ -82,6 +91,17 @@ def _vec(device: Device) -> list[Part]:
         table.title = vec.label(key, rows)
         parts[0].tables.append(table)
     return parts
+
+
+def _models(device: Device) -> list[Part]:
+    titles = {"generate": "Generation", "step": "Training steps"}
+    found = [Part(title, tables=llava.in_full(device, suite)) for suite, title in titles.items()]
+    for part in found:
+        if any("reduced" in table.title for table in part.tables):
+            part.text.append(
+                "Models that were cut in depth say how far; neither their times nor their ratios are those of the whole."
+            )
+    return [part for part in found if part.tables]
 
 
 def _growth(device: Device) -> Part:
@@ -154,7 +174,7 @@ def where_we_lose(device: Device, *, brief: bool = False) -> list[Part]:
     """Say where we lose, what goals are missed, and which rows have no time; ``brief`` for narrow pages."""
     out = []
     lost, encoders = losses.losing(device, brief=brief), losses.losing_vec(device)
-    part = Part("Where we lose", tables=[table for table in (lost, encoders) if len(table)])
+    part = Part("Where we lose", tables=[table for table in (lost, encoders, llava.losing(device)) if len(table)])
     ours = [row for row in device.rows if row.variant in read.OURS and read.times(row)]
     if len(lost):
         verb, among = ("is", "that one") if len(lost) == 1 else ("are", "among them")
@@ -173,6 +193,10 @@ def where_we_lose(device: Device, *, brief: bool = False) -> list[Part]:
     goals = losses.goals(device, brief=brief)
     if len(goals):
         out.append(Part("Goals", [f"{losses.missed(goals)} of {len(goals)} goals are missed."], [goals]))
+    models = llava.goals(device)
+    if len(models):
+        said = f"{losses.missed(models)} of {text.plural(len(models), 'goal')} of whole models are missed."
+        out.append(Part("Goals of whole models", [said], [models]))
     untimed = losses.untimed(device)
     if len(untimed):
         out.append(Part("Rows without a time", [f"{text.plural(len(untimed), 'row')} could not be timed."], [untimed]))

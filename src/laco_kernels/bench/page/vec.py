@@ -72,7 +72,8 @@ def _beside(name: str, devices: Sequence[Device]) -> Table:
         table.head(NO_ROWS)
     if speed:
         table.add("LaCo, TPS", *(f"{speed[at]:.1f}" if at in speed else text.NOTHING for at in depths))
-        table.head(NO_TPS)
+        if not any(device.suite("generate") for device in devices):
+            table.head(NO_TPS)
     return table
 
 
