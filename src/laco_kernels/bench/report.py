@@ -161,8 +161,8 @@ def picture(result: VecResult, path: Path) -> None:
     plt.close(figure)
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError unless results can be written into ``folder``, which need not exist yet."""
+def check_folder(folder: Path, argument: str = "out") -> None:
+    """Raise ValueError unless results can be written into ``folder``, given as ``argument``, which need not exist yet."""
     try:
         existing = folder.absolute()
         while not existing.exists():
@@ -172,7 +172,7 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         given = f"{str(folder)!r} ({error.strerror})"
         remedy = "Choose another folder, or make this one writable"
-        raise ValueError(complaint("out", given, "a folder that can be written to", remedy)) from None
+        raise ValueError(complaint(argument, given, "a folder that can be written to", remedy)) from None
 
 
 def write(result: VecResult, folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from laco_kernels.train.study import DEPTH, ON, token_layers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from laco_kernels.train.study import Arm, Settings
+    from laco_kernels.train.study import Settings
     from laco_kernels.train.study_runs import Run
     from laco_kernels.train.tiny_tower import TinyTower
 
@@ -37,8 +37,8 @@ class StudyRow:
     token_layers: float  # tokens that the layers read in all, as a share of the uncompressed tower's
     parameters: int
     before: Share
-    after: Share
-    seconds: float  # of training, the median over seeds; of the processor where it ran on one
+    after: list[Share]  # for each number of steps
+    seconds: list[float]  # of training, the median over seeds; of the processor where it ran on one
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class StudyResult:
     accuracy: float  # of the pretrained tower
     tower_steps: int
     seeds: int
-    settings: Settings
+    steps: list[int]  # of runs of their own, each with its own schedule
+    settings: Settings  # of the longest runs
     device: str
     environment: dict[str, Any]
     rows: list[StudyRow]
@@ -65,25 +66,49 @@ class StudyResult:
 
 
 def summarise(
-    runs: Sequence[Run], tower: TinyTower, settings: Settings, *, command: str, device: str, environment: dict[str, Any]
+    runs: Sequence[Sequence[Run]],
+    settings: Sequence[Settings],
+    tower: TinyTower,
+    *,
+    command: str,
+    device: str,
+    environment: dict[str, Any],
 ) -> StudyResult:
-    """Put the runs of each arm together, in the order in which they come."""
-    groups: dict[Arm, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.arm, []).append(run)
-    rows = [
-        StudyRow(
-            **dataclasses.asdict(arm),
-            token_layers=token_layers(arm),
-            parameters=group[0].outcome.parameters,
-            before=share([run.outcome.before for run in group]),
-            after=share([run.outcome.after for run in group]),
-            seconds=statistics.median(run.outcome.seconds for run in group),
+    """Put the runs of each arm together, in the order in which they come.
+
+    Args:
+        runs: the same arms and seeds for each of ``settings``, which differ in their steps, ascending.
+        settings: those of the runs.
+        tower: what was fine-tuned.
+        command: what does it again.
+        device: where it ran.
+        environment: what it ran on.
+    """
+    arms = list(dict.fromkeys(run.arm for run in runs[0]))
+    rows = []
+    for arm in arms:
+        groups = [[run.outcome for run in some if run.arm == arm] for some in runs]
+        rows.append(
+            StudyRow(
+                **dataclasses.asdict(arm),
+                token_layers=token_layers(arm),
+                parameters=groups[0][0].parameters,
+                before=share([outcome.before for outcome in groups[0]]),
+                after=[share([outcome.after for outcome in group]) for group in groups],
+                seconds=[statistics.median(outcome.seconds for outcome in group) for group in groups],
+            )
         )
-        for arm, group in groups.items()
-    ]
-    seeds = len({run.seed for run in runs})
-    return StudyResult(command, tower.accuracy, tower.steps, seeds, settings, device, environment, rows)
+    return StudyResult(
+        command=command,
+        accuracy=tower.accuracy,
+        tower_steps=tower.steps,
+        seeds=len({run.seed for run in runs[0]}),
+        steps=[one.steps for one in settings],
+        settings=settings[-1],
+        device=device,
+        environment=environment,
+        rows=rows,
+    )
 
 
 def share(values: Sequence[float]) -> Share:
@@ -91,9 +116,9 @@ def share(values: Sequence[float]) -> Share:
     return Share(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, list(values))
 
 
-def difference(one: StudyRow, other: StudyRow) -> Share:
-    """Return how much more ``one`` reads after training, seed by seed: both saw the same pictures in the same order."""
-    return share([a - b for a, b in zip(one.after.by_seed, other.after.by_seed, strict=True)])
+def difference(one: Share, other: Share) -> Share:
+    """Return how much more ``one`` is, seed by seed: both saw the same pictures in the same order."""
+    return share([a - b for a, b in zip(one.by_seed, other.by_seed, strict=True)])
 
 
 def residual_free(result: StudyResult) -> list[StudyRow]:

@@ -8,12 +8,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 from rich.table import Table
 
 from laco_kernels.bench.report import MEASURED, PAPER, depth_label, machine, write_new
 from laco_kernels.bench.study import StudyRow, difference, residual_free
 from laco_kernels.train.digits import CLASSES
-from laco_kernels.train.study import DEPTH, NONE, OFF, ON
+from laco_kernels.train.study import DEPTH, NONE, OFF, ON, RATIO
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from laco_kernels.bench.study import Share, StudyResult
 
-COLUMNS = ("compressor", "residual", "depth", "reads", "before", "after", "seconds")
 LACO = "laco"
 COLOURS = {ON: MEASURED, OFF: PAPER, NONE: "#7d8597"}
 MEANINGS = {ON: "with the residual", OFF: "without", NONE: "no parameters"}
@@ -31,11 +31,10 @@ QUARTER = str(DEPTH)
 
 def headline(result: StudyResult) -> str:
     """One line that says what was done."""
-    settings, seeds = result.settings, f"{result.seeds} seed{'s' if result.seeds > 1 else ''}"
     return (
-        f"What a compressor inside a tower leaves to be learnt: the tiny tower, pretrained for {result.tower_steps} steps "
-        f"(reads {result.accuracy:.1%} of held-out digits), and fine-tuned for {settings.steps} with 2 x 2 tokens compressed "
-        f"to one; {seeds}"
+        f"What is read through a compressor: the tiny tower, pretrained for {result.tower_steps} steps (reads "
+        f"{result.accuracy:.1%} of held-out digits), fine-tuned for {' or '.join(map(str, result.steps))} steps with 2 x 2 "
+        f"tokens compressed to one; {_seeds(result)}"
     )
 
 
@@ -43,35 +42,41 @@ def legend(result: StudyResult) -> str:
     """What the figures mean."""
     settings = result.settings
     parts = [
-        f"Digits read right in {settings.held_out} held-out pictures, in per cent, before the first step and after the last; "
-        f"mean\N{PLUS-MINUS SIGN}standard deviation over seeds, which draw the compressor's weights and the order of the same "
-        f"{settings.steps * settings.batch} pictures. Chance is {100 / CLASSES:.0f}. Encoder at {settings.encoder_rate:g}, "
-        f"compressor and heads at {settings.rate:g}. Reads: tokens that the layers read in all, against the uncompressed "
-        f"tower. Seconds: of training{', of one processor core' if result.device == 'cpu' else ''}."
+        f"Digits read right in {settings.held_out} held-out pictures, in per cent, before the first step and after the last, "
+        "in runs of their own for each number of steps; mean\N{PLUS-MINUS SIGN}standard deviation over seeds, which draw the "
+        f"compressor's weights and the order of the pictures, {settings.batch} a step. Chance is {100 / CLASSES:.0f}. Encoder "
+        f"at {settings.encoder_rate:g}, compressor and heads at {settings.rate:g}. Reads: tokens that the layers read in all, "
+        f"against the uncompressed tower. Seconds: of training for {result.steps[-1]} steps"
+        f"{', of one processor core' if result.device == 'cpu' else ''}."
     ]
     if any(row.compressor is not None and row.residual == NONE for row in result.rows):
         parts.append("-: without parameters there is no residual to switch; avg_pool is LaCo's residual alone.")
     return " ".join(parts)
 
 
-def cells(row: StudyRow) -> tuple[str, ...]:
-    """Return the cells of one row, in the order of ``COLUMNS``."""
-    return (
+def columns(result: StudyResult) -> list[str]:
+    """Return the names of the columns."""
+    return ["compressor", "residual", "depth", "reads", "before", *(f"{steps} steps" for steps in result.steps), "seconds"]
+
+
+def cells(row: StudyRow) -> list[str]:
+    """Return the cells of one row, in the order of :func:`columns`."""
+    return [
         row.compressor or "uncompressed",
         row.residual,
         "-" if row.depth is None else depth_label(row.depth),
         f"{row.token_layers:.0%}",
         _percent(row.before),
-        _percent(row.after),
-        f"{row.seconds:.0f}",
-    )
+        *map(_percent, row.after),
+        f"{row.seconds[-1]:.0f}",
+    ]
 
 
 def table(result: StudyResult) -> Table:
     """Return the figures as a table that fits into 80 columns."""
     out = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name in COLUMNS:
-        out.add_column(name, justify="left" if name in COLUMNS[:3] else "right", no_wrap=True)
+    for i, name in enumerate(columns(result)):
+        out.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
     for row in result.rows:
         out.add_row(*cells(row))
     return out
@@ -83,47 +88,53 @@ def findings(result: StudyResult) -> list[str]:
     yardstick = result.find(None, NONE)
     if yardstick is not None:
         lines.append(
-            f"The uncompressed tower, fine-tuned alike, reads {_percent(yardstick.after)} %, "
-            f"and {_percent(yardstick.before)} % before."
+            f"The uncompressed tower, fine-tuned alike, reads {_percent(yardstick.before)} % before, "
+            f"{_after(result, [_percent(found) for found in yardstick.after])}. Nothing but its heads is trained at "
+            f"{result.settings.rate:g}."
         )
-    lines += _ordering(result)
     lines += _residual(result)
-    lines += _alike(result)
-    lines += _depths(result)
+    for i, steps in enumerate(result.steps):
+        lines += [f"After {steps} steps: {line}" for line in (*_ordering(result, i), *_alike(result, i), *_depths(result, i))]
     return lines
 
 
 def markdown(result: StudyResult) -> str:
     """Return everything as Markdown."""
-    lines = [f"**{headline(result)}**", "", f"| {' | '.join(COLUMNS)} |", "|---|---|---" + "|---:" * (len(COLUMNS) - 3) + "|"]
+    names = columns(result)
+    lines = [f"**{headline(result)}**", "", f"| {' | '.join(names)} |", "|---|---|---" + "|---:" * (len(names) - 3) + "|"]
     lines += [f"| {' | '.join(cells(row))} |" for row in result.rows]
     lines += ["", *(f"* {line}" for line in findings(result)), "", legend(result), ""]
     return "\n".join([*lines, f"`{result.command}`", "", f"Computed on {machine(result)}.", ""])
 
 
 def picture(result: StudyResult, path: Path) -> None:
-    """Draw accuracy against depth, and the compressors at 1/4 beside each other, as PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), dpi=130, layout="constrained", sharey=True)
-    _draw_depths(left, result)
-    _draw_compressors(right, result)
+    """Draw accuracy against depth, and the compressors at 1/4 beside each other, as PNG; a row for each number of steps."""
+    count = len(result.steps)
+    figure, panels = plt.subplots(
+        count, 2, figsize=(12, 0.6 + 4.2 * count), dpi=130, layout="constrained", sharey=True, squeeze=False
+    )
     yardstick = result.find(None, NONE)
-    for panel in (left, right):
-        if yardstick is not None:
-            panel.axhline(100 * yardstick.after.mean, color="#3a3a3a", linewidth=1.2, linestyle=":", zorder=1)
-        panel.axhline(100 / CLASSES, color="#bbbbbb", linewidth=1.2, zorder=1)
-        panel.grid(axis="y", alpha=0.3)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+    for i, (left, right) in enumerate(panels):
+        _draw_depths(left, result, i)
+        _draw_compressors(right, result, i)
+        for panel in (left, right):
+            if yardstick is not None:
+                panel.axhline(100 * yardstick.after[i].mean, color="#3a3a3a", linewidth=1.2, linestyle=":", zorder=1)
+            panel.axhline(100 / CLASSES, color="#bbbbbb", linewidth=1.2, zorder=1)
+            panel.grid(axis="y", alpha=0.3)
+            panel.set_axisbelow(True)
+            panel.spines[["top", "right"]].set_visible(False)
+        left.set_ylim(0, 108)
+        left.set_yticks(range(0, 101, 20))
+        left.set_ylabel(f"held-out digits read right after {result.steps[i]} steps, %")
+    handles = [Line2D([], [], color=COLOURS[kind], marker="o", label=MEANINGS[kind]) for kind in (ON, OFF, NONE)]
+    handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1.1, label="before the first step"))
     if yardstick is not None:
-        _note(left, 100 * yardstick.after.mean, "uncompressed, fine-tuned alike")
-    _note(left, 100 / CLASSES, "chance")
-    left.set_ylim(0, 100)
-    left.set_ylabel("held-out digits read right, %")
-    steps, seeds = result.settings.steps, f"{result.seeds} seed{'s' if result.seeds > 1 else ''}"
+        handles.append(Line2D([], [], color="#3a3a3a", linestyle=":", label="uncompressed, fine-tuned alike"))
+    handles.append(Line2D([], [], color="#bbbbbb", label="chance"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(
-        f"A compressor inside a small pretrained vision tower, fine-tuned for {steps} steps "
-        f"(mean and standard deviation of {seeds})",
-        fontsize=11,
+        f"A compressor inside a small pretrained vision tower (mean and deviation of {_seeds(result)})", fontsize=11
     )
     figure.savefig(path)
     plt.close(figure)
@@ -133,106 +144,91 @@ def write(result: StudyResult, folder: Path) -> list[Path]:
     """Write JSON, Markdown and the picture into ``folder``; return the paths."""
     data = json.dumps(result.to_dict(), indent=2) + "\n"
     text = f"{markdown(result)}\n![Digits read right against depth, and by compressor]({{stem}}.png)\n"
-    return write_new(folder, f"study-tiny-tower-{result.settings.steps}-steps", data, text, lambda path: picture(result, path))
-
-
-def _ordering(result: StudyResult) -> list[str]:
-    laco, others = result.find(LACO, ON), residual_free(result)
-    if laco is None or not others:
-        return []
-    pairs = [(row, difference(laco, row)) for row in sorted(others, key=lambda row: -row.after.mean)]
-    above = sum(_clear(found) for _, found in pairs)
-    said = "The paper has LaCo far above what is free of a residual at 1/4. Here it "
-    if above == len(pairs):
-        said += "is above all of it with every seed: "
-    else:
-        said += f"is above {above} of {len(pairs)} of them with every seed: "
-    said += f"LaCo reads {_percent(laco.after)} %, which is, in points, "
-    return [said + ", ".join(f"{_points(found)} to {_label(row)}" for row, found in pairs) + "."]
+    return write_new(folder, f"study-tiny-tower-ratio{RATIO}", data, text, lambda path: picture(result, path))
 
 
 def _residual(result: StudyResult) -> list[str]:
-    """Say what the residual does to each compressor at 1/4."""
-    parts = []
+    """Say what the residual does to each compressor at 1/4, from before the first step on."""
+    lines = []
     for row in result.rows:
         other = result.find(row.compressor, OFF)
         if row.residual == ON and row.depth == QUARTER and other is not None:
-            found = difference(row, other)
-            parts.append(f"{row.compressor} {_points(found)} (better with {_seeds(found)})")
-    return [f"What the residual adds at 1/4, in points: {', '.join(parts)}."] if parts else []
+            gaps = [difference(one, two) for one, two in zip(row.after, other.after, strict=True)]
+            parts = [f"{_points(gap)} (better with {_better(gap)})" for gap in gaps]
+            start = _points(difference(row.before, other.before))
+            lines.append(f"What the residual adds to {row.compressor} at 1/4: {start} points before, {_after(result, parts)}.")
+    return lines
 
 
-def _alike(result: StudyResult) -> list[str]:
-    """Compare LaCo with compressors that are given the same residual."""
-    laco = result.find(LACO, ON)
-    others = [
-        row for row in result.rows if row.residual == ON and row.depth == QUARTER and laco is not None and row is not laco
-    ]
+def _ordering(result: StudyResult, i: int) -> list[str]:
+    laco, others = result.find(LACO, ON), residual_free(result)
     if laco is None or not others:
         return []
+    ranked = sorted(others, key=lambda row: -row.after[i].mean)
+    pairs = [(row, difference(laco.after[i], row.after[i])) for row in ranked]
+    above = sum(all(value > 0 for value in found.by_seed) for _, found in pairs)
+    lead = ", ".join(f"{_points(found)} to {_label(row)}" for row, found in pairs)
+    return [
+        f"LaCo at 1/4 reads {_percent(laco.after[i])} %, in points {lead}: with every seed it is above {above} of the "
+        f"{len(pairs)} that are free of a residual (paper: far above them)."
+    ]
+
+
+def _alike(result: StudyResult, i: int) -> list[str]:
+    """Compare LaCo with compressors that are given the same residual."""
+    laco = result.find(LACO, ON)
+    if laco is None:
+        return []
     parts = []
-    for row in others:
-        found = difference(laco, row)
-        parts.append(f"{_points(found)} to {row.compressor} (above it with {_seeds(found)})")
-    return [f"Against compressors that are given the same residual, LaCo's lead at 1/4 is, in points, {', '.join(parts)}."]
+    for row in result.rows:
+        if row.residual == ON and row.depth == QUARTER and row.compressor != LACO:
+            found = difference(laco.after[i], row.after[i])
+            parts.append(f"{_points(found)} to {row.compressor} (better with {_better(found)})")
+    return (
+        [f"against others that are given its residual LaCo's lead at 1/4 is, in points, {', '.join(parts)}."] if parts else []
+    )
 
 
-def _depths(result: StudyResult) -> list[str]:
+def _depths(result: StudyResult, i: int) -> list[str]:
     lines = []
     at = {kind: [row for row in result.rows if row.compressor == LACO and row.residual == kind] for kind in (ON, OFF)}
     for kind, rows in at.items():
         if len(rows) < 2:
             continue
-        steps = [difference(after, before) for before, after in itertools.pairwise(rows)]
-        read = ", ".join(f"{_percent(row.after)} {depth_label(str(row.depth))}" for row in rows)
-        rises = sum(step.mean > 0 for step in steps)
-        line = f"LaCo {MEANINGS[kind]}, by depth: {read} %; deeper reads more at {rises} of {len(steps)} steps"
+        read = ", ".join(f"{_percent(row.after[i])} {depth_label(str(row.depth))}" for row in rows)
+        rises = sum(after.after[i].mean > before.after[i].mean for before, after in itertools.pairwise(rows))
         first, last = rows[0], rows[-1]
-        if kind == ON:
-            line += f", while training takes {first.seconds / last.seconds:.0%} of the time at {depth_label(str(first.depth))}"
-            line += f" that it takes at {depth_label(str(last.depth))} (paper: depth trades accuracy for time)"
-        lines.append(line + ".")
+        lines.append(
+            f"LaCo {MEANINGS[kind]} reads, in per cent by depth, {read}: more at {rises} of {len(rows) - 1} steps deeper, and "
+            f"{depth_label(str(first.depth))} takes {first.seconds[i] / last.seconds[i]:.0%} of the training time of "
+            f"{depth_label(str(last.depth))} (paper: depth trades accuracy for time)."
+        )
     gaps = [
-        f"{_points(difference(on, off))} {depth_label(str(on.depth))}"
+        f"{_points(difference(on.after[i], off.after[i]))} {depth_label(str(on.depth))}"
         for on in at[ON]
         for off in at[OFF]
         if on.depth == off.depth
     ]
     if len(gaps) > 1:
-        lines.append(f"What the residual adds to LaCo, by depth, in points: {', '.join(gaps)}.")
+        lines.append(f"what the residual adds to LaCo is, in points by depth, {', '.join(gaps)}.")
     return lines
 
 
-def _draw_depths(panel: Axes, result: StudyResult) -> None:
+def _draw_depths(panel: Axes, result: StudyResult, i: int) -> None:
     rows = [row for row in result.rows if row.compressor == LACO]
     depths = {str(row.depth): row.layer for row in sorted(rows, key=lambda row: Fraction(str(row.depth)))}
     places = {depth: x for x, depth in enumerate(depths)}
     for kind in (ON, OFF):
         chosen = [row for row in rows if row.residual == kind]
         xs = [places[str(row.depth)] for row in chosen]
-        for name, style, values in (
-            ("", "-", [row.after for row in chosen]),
-            (", before the first step", "--", [row.before for row in chosen]),
-        ):
-            means, stds = ([100 * value for value in column] for column in _columns(values))
-            panel.errorbar(
-                xs,
-                means,
-                yerr=stds,
-                color=COLOURS[kind],
-                linestyle=style,
-                marker="o" if style == "-" else None,
-                linewidth=1.8 if style == "-" else 1.1,
-                capsize=3,
-                label=f"{MEANINGS[kind]}{name}",
-            )
+        means, stds = _columns([row.after[i] for row in chosen])
+        panel.errorbar(xs, means, yerr=stds, color=COLOURS[kind], marker="o", linewidth=1.8, capsize=3)
+        panel.plot(xs, _columns([row.before for row in chosen])[0], color=COLOURS[kind], linestyle="--", linewidth=1.1)
     panel.set_xticks(range(len(depths)), [f"{depth_label(depth)}\nlayer {layer}" for depth, layer in depths.items()])
-    panel.set_xlabel("where LaCo stands")
-    panel.set_title("LaCo at every depth", fontsize=10)
-    panel.legend(loc="lower right", frameon=False, fontsize=8, bbox_to_anchor=(1.0, 0.12))
+    panel.set_title(f"LaCo at every depth, {result.steps[i]} steps", fontsize=10)
 
 
-def _draw_compressors(panel: Axes, result: StudyResult) -> None:
+def _draw_compressors(panel: Axes, result: StudyResult, i: int) -> None:
     rows = [row for row in result.rows if row.depth == QUARTER]
     names = list(dict.fromkeys(str(row.compressor) for row in rows))
     width = 0.38
@@ -240,22 +236,33 @@ def _draw_compressors(panel: Axes, result: StudyResult) -> None:
         chosen = [row for row in rows if row.residual == kind]
         shift = {ON: -width / 2, OFF: width / 2, NONE: 0.0}[kind]
         xs = [names.index(str(row.compressor)) + shift for row in chosen]
-        means, stds = ([100 * value for value in column] for column in _columns([row.after for row in chosen]))
-        panel.bar(xs, means, width, yerr=stds, capsize=3, color=COLOURS[kind], label=MEANINGS[kind])
+        means, stds = _columns([row.after[i] for row in chosen])
+        panel.bar(xs, means, width, yerr=stds, capsize=3, color=COLOURS[kind])
+        panel.hlines(
+            _columns([row.before for row in chosen])[0],
+            [x - width / 2 for x in xs],
+            [x + width / 2 for x in xs],
+            color="black",
+            linestyle="--",
+            linewidth=1.1,
+        )
         for x, mean, std in zip(xs, means, stds, strict=True):
             panel.annotate(f"{mean:.0f}", (x, mean + std), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     panel.set_xticks(range(len(names)), names, fontsize=9)
-    panel.set_xlabel(f"what stands at {depth_label(QUARTER)}")
-    panel.set_title(f"Compressors at {depth_label(QUARTER)}", fontsize=10)
-    panel.legend(loc="upper right", frameon=False, fontsize=8)
+    panel.set_title(f"Compressors at {depth_label(QUARTER)}, {result.steps[i]} steps", fontsize=10)
 
 
 def _columns(values: list[Share]) -> tuple[list[float], list[float]]:
-    return [value.mean for value in values], [value.std for value in values]
+    """Return means and deviations in per cent."""
+    return [100 * value.mean for value in values], [100 * value.std for value in values]
 
 
-def _note(panel: Axes, height: float, text: str) -> None:
-    panel.annotate(text, (0.0, height), xytext=(2, 3), textcoords="offset points", fontsize=8, color="#555555")
+def _after(result: StudyResult, parts: list[str]) -> str:
+    return ", ".join(f"{part} after {steps}" for part, steps in zip(parts, result.steps, strict=True)) + " steps"
+
+
+def _seeds(result: StudyResult) -> str:
+    return f"{result.seeds} seed{'s' if result.seeds > 1 else ''}"
 
 
 def _label(row: StudyRow) -> str:
@@ -270,9 +277,5 @@ def _points(value: Share) -> str:
     return f"{100 * value.mean:+.1f}\N{PLUS-MINUS SIGN}{100 * value.std:.1f}"
 
 
-def _clear(found: Share) -> bool:
-    return all(value > 0 for value in found.by_seed)
-
-
-def _seeds(found: Share) -> str:
+def _better(found: Share) -> str:
     return f"{sum(value > 0 for value in found.by_seed)} of {len(found.by_seed)} seeds"
