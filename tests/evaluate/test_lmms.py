@@ -229,6 +229,8 @@ def test_what_cannot_be_asked_is_refused(plugin, folder):
         model.generate_until_multi_round([])
     with pytest.raises(ValueError, match="dtype: got 'float12', expected float32"):
         plugin.simple(str(folder), dtype="float12")
+    with pytest.raises(ValueError, match="batch_size: got 'auto', expected a positive integer"):
+        plugin.simple(str(folder), batch_size="auto")
     with pytest.raises(RuntimeError, match=r"pretrained: got '.*nowhere'"):
         plugin.simple(str(folder / "nowhere"))
 

@@ -64,8 +64,8 @@ class LacoLmms(lmms):
         precision = getattr(torch, kind, None)
         if not isinstance(precision, torch.dtype):
             raise ValueError(complaint("dtype", repr(dtype), "float32, bfloat16 or float16", "Pass dtype=bfloat16"))
-        self.batch_size = integer("batch_size", int(batch_size), 1)
-        self.max_new_tokens = integer("max_new_tokens", int(max_new_tokens), 1)
+        self.batch_size = _number("batch_size", batch_size)
+        self.max_new_tokens = _number("max_new_tokens", max_new_tokens)
         self.model, self.processor = load_pair(str(pretrained), device=self.device, dtype=precision, argument="pretrained")
         self.tokenizer = self.processor.tokenizer
 
@@ -204,6 +204,13 @@ class LacoLmmsChat(LacoLmms):
                 yield {"type": "image", "image": open_image(Path(url)) if isinstance(url, str) else _picture(url)}
             else:
                 raise TypeError(complaint("task", f"one that shows {part['type']}s", "text and images", "Leave it out"))
+
+
+def _number(name: str, value: int | str) -> int:
+    """Read a number that comes from a command line; none is found out by trying, as ``auto`` would have it."""
+    if isinstance(value, str) and not value.isdecimal():
+        raise ValueError(complaint(name, repr(value), "a positive integer", f"Pass {name}=1"))
+    return int(integer(name, int(value), 1))
 
 
 def _picture(visual: Any) -> Image.Image:
