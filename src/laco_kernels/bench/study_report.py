@@ -246,8 +246,17 @@ def _draw_compressors(panel: Axes, result: StudyResult, i: int) -> None:
             linestyle="--",
             linewidth=1.1,
         )
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of the lines behind
         for x, mean, std in zip(xs, means, stds, strict=True):
-            panel.annotate(f"{mean:.0f}", (x, mean + std), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+            panel.annotate(
+                f"{mean:.0f}",
+                (x, mean + std),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                bbox=clear,
+            )
     panel.set_xticks(range(len(names)), names, fontsize=9)
     panel.set_title(f"Compressors at {depth_label(QUARTER)}, {result.steps[i]} steps", fontsize=10)
 
