@@ -6,7 +6,7 @@ import json
 import tempfile
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import matplotlib
 
@@ -19,10 +19,6 @@ from laco_kernels.errors import complaint
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from laco_kernels.bench.compressors import CompressorResult
-    from laco_kernels.bench.generate import GenerateResult
-    from laco_kernels.bench.kept import KeptResult
-    from laco_kernels.bench.step import StepResult
     from laco_kernels.bench.system import VecResult, VecRow
 
 SUFFIXES = ("json", "md", "png")
@@ -42,7 +38,19 @@ def headline(result: VecResult) -> str:
     )
 
 
-def machine(result: VecResult | CompressorResult | KeptResult | GenerateResult | StepResult) -> str:
+class Measured(Protocol):
+    """What every result says of where it was measured."""
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Of :func:`laco_kernels.bench.environment.environment`."""
+
+
+def machine(result: Measured) -> str:
     """One line that says where it was measured."""
     env = result.environment
     threads = f", {env['cpu_threads']} threads" if result.device == "cpu" else f", driver {env['driver']}"
@@ -162,8 +170,8 @@ def picture(result: VecResult, path: Path) -> None:
     plt.close(figure)
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError unless results can be written into ``folder``, which need not exist yet."""
+def check_folder(folder: Path, argument: str = "out") -> None:
+    """Raise ValueError unless results can be written into ``folder``, given as ``argument``, which need not exist yet."""
     try:
         existing = folder.absolute()
         while not existing.exists():
@@ -173,7 +181,7 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         given = f"{str(folder)!r} ({error.strerror})"
         remedy = "Choose another folder, or make this one writable"
-        raise ValueError(complaint("out", given, "a folder that can be written to", remedy)) from None
+        raise ValueError(complaint(argument, given, "a folder that can be written to", remedy)) from None
 
 
 def write(result: VecResult, folder: Path) -> list[Path]:
