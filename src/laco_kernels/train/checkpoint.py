@@ -76,15 +76,15 @@ def save(folder: Path, step: int, write: Callable[[Path], None], keep: int | Non
     try:
         write(part)
     except Exception as error:  # safetensors and torch.save have errors of their own for a full disk
-        _abandon(part)
-        raise _failure(part, error) from error
+        raise give_up(part, error) from error
     return commit(part, keep)
 
 
 def begin(folder: Path, step: int) -> Path:
     """Make and return the empty folder to write a checkpoint into, for :func:`commit` to complete.
 
-    For several processes that write together: one begins, all write, and after a barrier one commits. Otherwise :func:`save`.
+    For several processes that write together: one begins, all write, and after a barrier one commits, or gives up where one
+    of them failed (:func:`give_up`). Otherwise :func:`save`.
 
     Raises:
         TypeError, ValueError: ``step`` is no integer from 0 on.
@@ -125,14 +125,19 @@ def commit(part: Path, keep: int | None = None) -> Path:
     except Exception as error:
         if not final.exists() and replaced.exists():
             replaced.rename(final)
-        _abandon(part)
-        raise _failure(part, error) from error
+        raise give_up(part, error) from error
     # The checkpoint is safe: that something old stays where it is must not end the run.
     try:
         _clean(folder, final, keep)
     except OSError as error:
         logger.warning("%s: old checkpoints could not be deleted (%s).", folder, error)
     return final
+
+
+def give_up(part: Path, error: Exception) -> CheckpointError:
+    """Take away what was written into a folder of :func:`begin`, and return what to raise from ``error``."""
+    shutil.rmtree(part, ignore_errors=True)
+    return _failure(part, error)
 
 
 def survey(folder: Path) -> Survey:
@@ -290,11 +295,6 @@ def _delete(path: Path) -> None:
             shutil.rmtree(doomed)
         path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _abandon(part: Path) -> None:
-    """Give back the space of what was not completed."""
-    shutil.rmtree(part, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:

@@ -40,7 +40,9 @@ class NonFinite:
         return f"{what} ({self.nan} NaN and {self.infinite} infinite of {self.size} values)"
 
 
-def check_loss(loss: torch.Tensor | float, step: int, ids: Iterable[object] = (), where: NonFinite | None = None) -> float:
+def check_loss(
+    loss: torch.Tensor | float, step: int, ids: Iterable[object] = (), where: NonFinite | None = None, what: str = "loss"
+) -> float:
     """Return a loss as a number, or raise where it is NaN or infinite.
 
     Args:
@@ -48,6 +50,7 @@ def check_loss(loss: torch.Tensor | float, step: int, ids: Iterable[object] = ()
         step: the optimiser step.
         ids: of the samples it is the loss of.
         where: what :func:`first_non_finite` found.
+        what: what the number is.
 
     Raises:
         NonFiniteError: naming the step, the samples and the module.
@@ -58,7 +61,7 @@ def check_loss(loss: torch.Tensor | float, step: int, ids: Iterable[object] = ()
     samples = ", ".join(map(str, ids)) or "not known"
     given = f"{value} at step {step}, samples: {samples}" + (f", beginning in {where}" if where else "")
     remedy = "Look at these samples, lower the learning rate, or compute in bfloat16 or float32 instead of float16"
-    raise NonFiniteError(complaint("loss", given, "a finite number", remedy))
+    raise NonFiniteError(complaint(what, given, "a finite number", remedy))
 
 
 @torch.no_grad()
