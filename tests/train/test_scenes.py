@@ -24,11 +24,11 @@ def templates():
         for name in scenes.SHAPES:
             ink = scenes._shape(name, size)
             found.setdefault(ink.size, []).append((name, ink))
-    sizes = {"digit": range(18, 27), "word": range(5, 15)}
+    sizes = {"digit": scenes.DIGIT_POINTS, "word": scenes.WORD_POINTS}
     for kind, points in sizes.items():
         for name in KINDS[kind]:
             for font in scenes.FONTS:
-                for size in points:
+                for size in range(points[0], points[1] + 1):
                     ink = scenes._written(name, font, size)
                     found.setdefault(ink.size, []).append((name, ink))
     return {size: [(name, np.asarray(ink) / 255) for name, ink in inks] for size, inks in found.items()}

@@ -102,7 +102,7 @@ def test_what_makes_no_task_is_refused(tmp_path, option, value):
 
 def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("my own")
-    with pytest.raises(ValueError, match="folder: got .* which has something in it"):
+    with pytest.raises(ValueError, match=r"folder: got .* which has something in it"):
         task.write_task(tmp_path, 2, 2)
     with pytest.raises(ValueError, match="folder: got"):
         task.write_task(tmp_path / "mine", 2, 2)

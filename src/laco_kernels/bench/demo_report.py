@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from laco_kernels.bench.report import MEASURED, OTHERS, SUFFIXES, write_new
+from laco_kernels.bench.report import MEASURED, OTHERS, SUFFIXES, machine, write_new
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,16 +74,9 @@ def times(result: DemoResult) -> str:
 def legend() -> str:
     """What the figures mean."""
     return (
-        "Held-out questions answered word for word, greedily. Their pictures show combinations that no training picture "
-        "shows; new words are in none of these. Majority answer: the share that the most frequent answer of the type gets right."
+        "Held-out questions answered word for word, greedily. Their pictures show combinations that no training picture shows, "
+        "and new words are in none of these. Majority answer: what the most frequent answer of the type gets right."
     )
-
-
-def machine(result: DemoResult) -> str:
-    """One line that says where it ran."""
-    env = result.environment
-    versions = f"torch {env['torch']}, transformers {env['transformers']}, Python {env['python']}"
-    return f"{env['device']}, {env['cpu_threads']} threads; {versions}; laco_kernels {env['laco_kernels']} ({env['commit']}); {env['date']}"
 
 
 def markdown(result: DemoResult) -> str:

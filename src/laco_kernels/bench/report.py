@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from laco_kernels.bench.compressors import CompressorResult
     from laco_kernels.bench.kept import KeptResult
     from laco_kernels.bench.system import VecResult, VecRow
+    from laco_kernels.train.demo import DemoResult
 
 SUFFIXES = ("json", "md", "png")
 MEASURED, PAPER = "#1b6ca8", "#d1495b"
@@ -40,7 +41,7 @@ def headline(result: VecResult) -> str:
     )
 
 
-def machine(result: VecResult | CompressorResult | KeptResult) -> str:
+def machine(result: VecResult | CompressorResult | KeptResult | DemoResult) -> str:
     """One line that says where it was measured."""
     env = result.environment
     threads = f", {env['cpu_threads']} threads" if result.device == "cpu" else f", driver {env['driver']}"

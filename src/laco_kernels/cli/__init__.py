@@ -8,7 +8,16 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"laco needs {missing.name}, which is not installed. Run: pip install 'laco_kernels[bench]'") from None
 
-from laco_kernels.cli import compressors, kept, look, measure, publish, train, vec  # noqa: F401 - register their commands
+from laco_kernels.cli import (  # noqa: F401 - register their commands
+    compressors,
+    demo,
+    kept,
+    look,
+    measure,
+    publish,
+    train,
+    vec,
+)
 from laco_kernels.cli.common import app
 
 

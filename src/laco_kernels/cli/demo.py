@@ -44,7 +44,7 @@ def train_demo(
     """
     with usage_errors():
         import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
-        from laco_kernels.bench import demo_report
+        from laco_kernels.bench import demo_report, report
         from laco_kernels.bench.environment import environment
         from laco_kernels.train.demo import Settings, run_demo
 
@@ -59,7 +59,7 @@ def train_demo(
         for line in (*demo_report.findings(result), demo_report.times(result)):
             out_console.print(line, markup=False, highlight=False)
         out_console.print(demo_report.legend(), style="dim", markup=False, highlight=False)
-        out_console.print(f"On {demo_report.machine(result)}", style="dim", markup=False, highlight=False)
+        out_console.print(f"On {report.machine(result)}", style="dim", markup=False, highlight=False)
 
     deliver(result, {}, show, demo_report.write, out, as_json=as_json, correct=True)
     err_console.print(f"the model and its processor are in {out / 'stage2'}", markup=False, highlight=False, soft_wrap=True)

@@ -127,6 +127,7 @@ class DemoResult:
         stages: by stage the scores of its model.
         examples: the first answers of the last model to questions of each type.
         environment: what it was begun on.
+        device: whether it ran on "cpu" or "cuda".
     """
 
     settings: Settings
@@ -135,6 +136,7 @@ class DemoResult:
     stages: dict[str, tuple[Score, ...]]
     examples: tuple[Answer, ...]
     environment: dict[str, Any]
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready."""

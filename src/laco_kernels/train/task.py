@@ -104,10 +104,11 @@ def imagine_held_out(count: int, seed: int, shown: set[Scene]) -> Iterator[tuple
     for number in range(count):
         source = random.Random(f"{HELD_OUT} {seed} {number}")
         kind = TYPES[number % len(TYPES)]
-        question = None
-        while question is None or scene in seen:
+        while True:
             scene = imagine(source, NEW_WORDS if kind == "new word" else WORDS)
             question = ask(kind, scene, source)
+            if question is not None and scene not in seen:
+                break
         seen.add(scene)
         before = ask_several(scene, source, 1) if number // len(TYPES) % SEVERAL == SEVERAL - 1 else []
         yield scene, [*before, question], source
