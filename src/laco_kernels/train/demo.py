@@ -7,6 +7,7 @@ recipes as ``laco train`` runs them, and held-out questions are answered. A run 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -97,12 +98,12 @@ class Settings:
 
     samples: int = 4000
     held_out: int = 640
-    tower_steps: int = 1200
-    tower_batch: int = 32
-    llm_steps: int = 600
-    llm_batch: int = 24
-    stage1_steps: int = 300
-    stage2_steps: int = 900
+    tower_steps: int = 2000
+    tower_batch: int = 16
+    llm_steps: int = 500
+    llm_batch: int = 20
+    stage1_steps: int = 200
+    stage2_steps: int = 1000
     batch: int = 32
     seed: int = 0
 
@@ -164,14 +165,14 @@ def run_demo(
     for name, value in dataclasses.asdict(settings).items():
         integer(name, value, 0 if name == "seed" else 1)
     demo = _Demo(folder, settings, environment, on_step)
-    demo.step("task", lambda: _drawn(demo))
-    demo.step("tower", lambda: _tower(demo))
-    demo.step("llm", lambda: _llm(demo))
+    demo.step("task", functools.partial(_drawn, demo))
+    demo.step("tower", functools.partial(_tower, demo))
+    demo.step("llm", functools.partial(_llm, demo))
     for stage, recipe in zip(STAGES, (STAGE1, STAGE2), strict=True):
         file = folder / f"{stage}.yaml"
         text = recipe.format(**dataclasses.asdict(settings))
-        demo.step(stage, lambda file=file, text=text, stage=stage: _train(demo, stage, file, text))
-        demo.step(f"{stage} answers", lambda stage=stage: _ask(demo, stage))
+        demo.step(stage, functools.partial(_train, demo, stage, file, text))
+        demo.step(f"{stage} answers", functools.partial(_ask, demo, stage))
     return demo.result()
 
 
@@ -257,7 +258,7 @@ def _drawn(demo: _Demo) -> dict[str, Any]:
 
 def _tower(demo: _Demo) -> dict[str, Any]:
     settings = demo.settings
-    tell = lambda done: demo.on_step("pretraining a tiny tower", done)  # noqa: E731
+    tell = functools.partial(demo.on_step, "pretraining a tiny tower")
     encoder, found = pretrain_scene_tower(settings.tower_steps, settings.tower_batch, settings.seed, tell)
     encoder.save_pretrained(_fresh(demo.folder / "tower"))
     return found
@@ -265,7 +266,7 @@ def _tower(demo: _Demo) -> dict[str, Any]:
 
 def _llm(demo: _Demo) -> dict[str, Any]:
     settings = demo.settings
-    tell = lambda done: demo.on_step("pretraining a tiny LLM", done)  # noqa: E731
+    tell = functools.partial(demo.on_step, "pretraining a tiny LLM")
     tokenizer = train_tokenizer(settings.seed)
     model = pretrain_tiny_llm(tokenizer, settings.llm_steps, settings.llm_batch, settings.seed, tell)
     folder = _fresh(demo.folder / "llm")

@@ -60,23 +60,21 @@ Scene = tuple[Thing | None, ...]
 
 
 def imagine(source: random.Random, words: tuple[str, ...] = WORDS) -> Scene:
-    """Return what a picture is to show: something in three of four quadrants, on average, and something in one at least.
+    """Return what a picture is to show: something in four of five quadrants, on average, and something in one at least.
 
     Args:
         source: of random numbers.
         words: to choose from.
     """
     while True:
-        things: list[Thing | None] = []
-        for _ in PLACES:
-            kind = source.choices(("shape", "digit", "word", None), (40, 20, 20, 20))[0]
-            if kind is None:
-                things.append(None)
-            else:
-                name = source.choice(words if kind == "word" else KINDS[kind])
-                things.append(Thing(kind, name, source.choice(tuple(COLOURS))))
-        if any(things):
-            return tuple(things)
+        kinds = source.choices((*KINDS, None), (40, 20, 20, 20), k=len(PLACES))
+        if any(kinds):
+            return tuple(_thing(kind, source, words) for kind in kinds)
+
+
+def imagine_much(source: random.Random) -> Scene:
+    """Return a scene for pretraining an encoder: more digits and words, and hardly a quadrant with nothing in it."""
+    return tuple(_thing(kind, source, WORDS) for kind in source.choices((*KINDS, None), (25, 35, 35, 5), k=len(PLACES)))
 
 
 def draw(scene: Scene, source: random.Random, noise: float = NOISE) -> Image.Image:
@@ -100,6 +98,12 @@ def draw(scene: Scene, source: random.Random, noise: float = NOISE) -> Image.Ima
     strength = source.uniform(0, noise)
     grain = np.random.default_rng(source.getrandbits(64)).normal(0, 1, (SIDE, SIDE, 3))
     return Image.fromarray(np.clip(np.asarray(image) + strength * grain, 0, 255).round().astype(np.uint8))
+
+
+def _thing(kind: str | None, source: random.Random, words: tuple[str, ...]) -> Thing | None:
+    if kind is None:
+        return None
+    return Thing(kind, source.choice(words if kind == "word" else KINDS[kind]), source.choice(tuple(COLOURS)))
 
 
 def _near_middle(space: int, source: random.Random) -> int:
@@ -152,10 +156,15 @@ STAR = tuple(
 
 @functools.cache
 def _written(text: str, font: str, points: int) -> Image.Image:
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
-    face = ImageFont.truetype(str(file), points, layout_engine=ImageFont.Layout.BASIC)
     image = Image.new("L", (PITCH * (len(text) - 1) + 2 * points, 2 * points))
     pen = ImageDraw.Draw(image)
     for number, letter in enumerate(text):
-        pen.text((points + PITCH * number, points), letter, fill=255, font=face, anchor="mm")
-    return image.crop(image.getbbox())
+        pen.text((points + PITCH * number, points), letter, fill=255, font=_face(font, points), anchor="mm")
+    ink = image.crop(image.getbbox())
+    return ink if ink.width <= CELL else ink.resize((CELL, ink.height))
+
+
+@functools.cache
+def _face(font: str, points: int) -> ImageFont.FreeTypeFont:
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    return ImageFont.truetype(str(file), points, layout_engine=ImageFont.Layout.BASIC)

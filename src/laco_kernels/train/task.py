@@ -75,7 +75,7 @@ def write_task(
         shown: set[Scene] = set()
         total = count + held_out
         for name, samples in ((TRAIN, imagine_train(count, seed, shown)), (HELD_OUT, imagine_held_out(held_out, seed, shown))):
-            records = []
+            records: list[dict[str, Any]] = []
             for scene, questions, source in samples:
                 on_step("drawing the task", (len(records) + (count if name == HELD_OUT else 0)) / total)
                 record = _record(f"{name}-{len(records):06d}", questions)

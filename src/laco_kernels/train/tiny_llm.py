@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH, LAYERS, HEADS, HIDDEN = 96, 3, 4, 288
 VOCABULARY = 400
+LEARNING_RATE = 2e-3
 END, BEGIN, PADDING, IMAGE = "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<image>"
 
 
@@ -85,7 +86,8 @@ def told(source: random.Random, tokenizer: PreTrainedTokenizerFast, questions: i
             (f"{question.answer}{END}", True),
             ("\n", False),
         ]
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for (_, answered), tokens in zip(
         parts, tokenizer([text for text, _ in parts], add_special_tokens=False)["input_ids"], strict=True
     ):
@@ -99,8 +101,8 @@ def pretrain_tiny_llm(
     steps: int,
     batch: int,
     seed: int = 0,
-    on_step: Callable[[float], None] = lambda _: None,
-    rate: float = 1e-3,
+    on_step: Callable[[float], object] = lambda _: None,
+    rate: float = LEARNING_RATE,
 ) -> Qwen2ForCausalLM:
     """Pretrain an LLM."""
     with torch.random.fork_rng(devices=[]):

@@ -118,7 +118,7 @@ def pretrain(
     modules: Sequence[nn.Module],
     loss: Callable[[float], torch.Tensor],
     steps: int,
-    on_step: Callable[[float], None],
+    on_step: Callable[[float], object],
     rate: float = LEARNING_RATE,
 ) -> None:
     """Train ``modules`` in place, and leave them frozen in evaluation mode: AdamW, warm-up, then a cosine to zero.
