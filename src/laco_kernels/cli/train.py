@@ -74,9 +74,8 @@ def train(
     except (CheckpointError, DamagedCheckpointError, OSError, ValueError):
         with usage_errors():
             raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # not after an error, where it would wait for the others
+        torch.distributed.destroy_process_group()
     out_console.print(f"The model and its processor are in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -36,22 +36,19 @@ def load_model(recipe: ModelRecipe, seed: int) -> tuple[LlavaForConditionalGener
         return _load_checkpoint(recipe.checkpoint)
     assert recipe.vision is not None
     assert recipe.text is not None  # load_recipe refuses it otherwise
-    layers = recipe.vision_feature_layer
-    model = hf.build_llava(
-        recipe.vision,
-        recipe.text,
-        compressor=recipe.compressor,
-        depth=recipe.depth,
-        layer=recipe.layer,
-        ratio=recipe.ratio,
-        projector=recipe.projector or STOCK_PROJECTOR,
-        compressor_options=recipe.compressor_options,
-        projector_options=recipe.projector_options,
-        vision_feature_layer=list(layers) if isinstance(layers, tuple) else layers,
-        dtype=torch.float32,
-    )
+    model = hf.build_llava(recipe.vision, recipe.text, dtype=torch.float32, **build_options(recipe))
     processor = hf.build_processor(model, recipe.text, recipe.image_processor, chat_format=recipe.chat_format)
     return model, processor
+
+
+def build_options(recipe: ModelRecipe) -> dict[str, Any]:
+    """Return what a recipe says to :func:`laco_kernels.hf.build_llava` beside encoder and LLM."""
+    layers = recipe.vision_feature_layer
+    names = ("compressor", "depth", "layer", "ratio", "compressor_options", "projector_options")
+    return {name: getattr(recipe, name) for name in names} | {
+        "projector": recipe.projector or STOCK_PROJECTOR,
+        "vision_feature_layer": list(layers) if isinstance(layers, tuple) else layers,
+    }
 
 
 def _load_checkpoint(source: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

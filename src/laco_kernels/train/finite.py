@@ -24,7 +24,7 @@ class NonFinite:
     """Where values that are no number were met first.
 
     Args:
-        kind: ``"input"``, ``"parameter"``, ``"buffer"`` or ``"output"``.
+        kind: ``"input"``, ``"parameter"``, ``"buffer"``, ``"gradient of"`` or ``"output"``.
         name: of the input, the parameter, the buffer, or of the module whose output it is; ``""`` for the model itself.
         nan, infinite, size: how many of the values are NaN, how many infinite, of how many.
     """

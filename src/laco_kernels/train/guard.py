@@ -9,9 +9,10 @@ import torch
 from accelerate.utils import gather_object
 
 from laco_kernels.train.finite import NonFinite, first_non_finite
+from laco_kernels.train.resuming import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -65,28 +66,50 @@ class Step:
         return Totals(total[0] / accelerator.num_processes, int(total[1]), int(total[2]), tuple(found))
 
     def explain(self, model: nn.Module) -> tuple[list[str], NonFinite | None]:
-        """Return the ids of the samples whose loss is no number, and where it began; together with the other processes.
+        """Return the ids of the samples to blame, and where it began; together with the other processes.
 
-        Where all losses are numbers, and a gradient is not, these are all samples.
+        Those are the samples of the first batch whose loss is no number. Where all losses are numbers, they are those of the
+        batches whose gradients are not, and all of them where the gradients are finite each by itself.
 
         Args:
-            model: what was computed with, without DDP around it.
+            model: what was computed with, without DDP around it. Its gradients are lost.
         """
         own = [not bool(batch.loss.isfinite()) for batch in self.batches]
         bad = [any(flags) for flags in zip(*gather_object([own]), strict=True)]
-        if not any(bad):
+        if any(bad):
+            blamed = [bad.index(True)]
+            found = [self._again(model, self.batches[blamed[0]], first_non_finite)]  # all take part, as FSDP wants
+            guilty = [own[blamed[0]]]
+        else:
+            blamed = list(range(len(self.batches)))
+            found = [self._again(model, batch, _first_gradient) for batch in self.batches]
+            guilty = [where is not None for where in found]
+        reports = [(self.batches[i].notes.ids, where) for i, where, is_it in zip(blamed, found, guilty, strict=True) if is_it]
+        reports = gather_object(reports)
+        if not reports:
             return gather_object([name for batch in self.batches for name in batch.notes.ids]), None
-        index = bad.index(True)
-        where = self._again(model, self.batches[index])  # all take part, as FSDP wants
-        reports = gather_object([(list(self.batches[index].notes.ids), where) if own[index] else ([], None)])
-        return [name for ids, _ in reports for name in ids], next((found for _, found in reports if found), None)
+        return [name for ids, _ in reports for name in ids], next((where for _, where in reports if where), None)
 
-    def _again(self, model: nn.Module, batch: Batch) -> NonFinite | None:
-        """Compute a batch with the random numbers it was computed with."""
+    def _again(
+        self, model: nn.Module, batch: Batch, look: Callable[[nn.Module, Mapping[str, Any]], NonFinite | None]
+    ) -> NonFinite | None:
+        """Look at a batch with the random numbers it was computed with."""
         cpu, cuda = batch.random
         device = batch.loss.device
         with torch.random.fork_rng([device] if cuda is not None else []):
             torch.set_rng_state(cpu)
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda, device)
-            return first_non_finite(model, batch.inputs)
+            return look(model, batch.inputs)
+
+
+def _first_gradient(model: nn.Module, inputs: Mapping[str, Any]) -> NonFinite | None:
+    """Return the first gradient that is not finite, of the parameters from the last to the first, as they are computed."""
+    model.zero_grad(set_to_none=True)
+    model(**inputs)["loss"].backward()
+    first = None
+    for name, parameter in reversed(list(model.named_parameters())):
+        gradient = None if parameter.grad is None else whole(parameter.grad)
+        if first is None and gradient is not None and not bool(gradient.isfinite().all()):
+            first = NonFinite("gradient of", name, int(gradient.isnan().sum()), int(gradient.isinf().sum()), gradient.numel())
+    return first

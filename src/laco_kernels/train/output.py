@@ -57,9 +57,9 @@ def check_output(recipe: Recipe, resume: bool) -> None:
     names = dict.fromkeys([*before, *now])
     changed = [name for name in names if before.get(name) != now.get(name) and not _may_change(name)]
     if changed:
-        given = ", ".join(f"{name} {now.get(name)}" for name in changed)
-        expected = ", ".join(str(before.get(name)) for name in changed) + f", as in {folder / RECORD}"
-        raise ValueError(complaint("--resume", given, expected, f"Run laco train {folder / RECORD} --resume, or begin anew"))
+        given = ", ".join(f"{name} {now.get(name)} instead of {before.get(name)}" for name in changed)
+        remedy = f"Run laco train {folder / RECORD} --resume, or begin anew in another folder"
+        raise ValueError(complaint("--resume", given, f"the recipe in {folder}", remedy))
 
 
 def claim(recipe: Recipe) -> None:

@@ -57,9 +57,27 @@ def random_file(rank: int) -> str:
     return f"random-{rank}.pt"
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor put together from all processes, which call this together, where it is spread over them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def plain_name(name: str) -> str:
     """Return a parameter's name without what ``torch.compile`` and activation checkpointing put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def model_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Return a model's ``state_dict``, whole and on the CPU; ``keep`` as in :func:`optimizer_state`."""
+    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    made: dict[int, Any] = {}  # tied weights stay one tensor
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner = owners.get(name, id(tensor))
+        if owner not in made:
+            made[owner] = _kept(tensor, keep)
+        state[plain_name(name)] = made[owner]
+    return state
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
@@ -70,7 +88,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bo
     """
     names = _names(model, optimizer)
     state = optimizer.state_dict()
-    values = {names[index]: {key: _whole(part, keep) for key, part in parts.items()} for index, parts in state["state"].items()}
+    values = {names[index]: {key: _kept(part, keep) for key, part in parts.items()} for index, parts in state["state"].items()}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
     return {"state": values, "param_groups": groups}
 
@@ -171,10 +189,11 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _whole(value: Any, keep: bool) -> Any:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.detach().cpu() if keep and isinstance(value, torch.Tensor) else None if not keep else value
+def _kept(value: Any, keep: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = whole(value).detach()
+        return value.cpu() if keep else None
+    return value
 
 
 def _spread(value: Any, parameter: torch.Tensor) -> Any:

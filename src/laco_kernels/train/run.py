@@ -19,6 +19,8 @@ from laco_kernels.train.data import ConversationDataset, inspect
 from laco_kernels.train.mixture import read_data
 from laco_kernels.train.output import check_output, claim, write_result
 from laco_kernels.train.parts import parts_of
+from laco_kernels.train.resuming import model_state
+from laco_kernels.train.trainer import LacoTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,7 +122,10 @@ def prepare(recipe: Recipe, resume: bool = False, on_step: Callable[[str, float]
 
 
 def execute(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Train, and return the folder with the result, which ``AutoModelForImageTextToText`` and ``AutoProcessor`` read.
+    """Train, and return the folder with the result.
+
+    ``AutoModelForImageTextToText`` and ``AutoProcessor`` read it wherever :mod:`laco_kernels.hf` has been imported; an adapter
+    that was not merged is read by ``PeftModel.from_pretrained(model, folder)``, on the model that the run began with.
 
     Args:
         run: of :func:`prepare`.
@@ -131,11 +136,9 @@ def execute(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback]
         OSError: the output folder cannot be written to, or the disk is full; checkpoints are as they were.
         RuntimeError: the run was stopped: a loss that is no number, or too many samples that cannot be used.
     """
-    from laco_kernels.train.trainer import LacoTrainer
-
     recipe = run.recipe
-    if is_main():
-        claim(recipe)
+    config = vars(run.model.config)
+    use_cache = config.get("use_cache")
     trainer = LacoTrainer(
         run.model,
         run.args,
@@ -148,9 +151,14 @@ def execute(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback]
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    if is_main():
+        claim(recipe)
     trainer.train(resume_from_checkpoint=resume and _has_checkpoint(recipe.output))
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes together, where it is sharded
     model = trainer.accelerator.unwrap_model(trainer.model)
+    state = model_state(model, keep=is_main())  # all processes together, over which it may be spread
+    config["use_cache"] = use_cache  # which the Trainer turns off, and a saved model is to generate with
+    if use_cache is None:
+        del config["use_cache"]
     if is_main():
         write_result(recipe.output, lambda folder: _save(model, state, run, folder))
     trainer.accelerator.wait_for_everyone()
@@ -197,16 +205,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     }
     defaults: dict[str, Any] = {
         "disable_tqdm": True,
+        "log_level_replica": "error",
         "dataloader_pin_memory": not on_cpu,
-        # A trained encoder has weights behind the layer that the projector reads, such as its last norm.
-        "ddp_find_unused_parameters": "encoder" in train.rates,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
     }
     try:
         args = TrainingArguments(**{**defaults, **recipe.trainer, **own})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:  # the last where DeepSpeed is wanted and not installed
         given = f"{recipe.trainer} ({' '.join(str(error).split())})"
-        raise ValueError(complaint("trainer", given, "what TrainingArguments takes here", "Correct it")) from error
+        expected = "what TrainingArguments takes here"
+        raise ValueError(complaint("trainer", given, expected, "Correct it, or install what it needs")) from error
     if args.n_gpu > 1:
         remedy = f"Run torchrun --nproc-per-node {args.n_gpu} -m laco_kernels.cli train ..., or set CUDA_VISIBLE_DEVICES=0"
         raise ValueError(complaint("devices", f"{args.n_gpu} GPUs in one process", "one GPU a process", remedy))

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed.tensor import DTensor
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,11 +36,13 @@ from laco_kernels.train.resuming import (
     check_run,
     load_optimizer_state,
     load_weights,
+    model_state,
     optimizer_state,
     random_file,
     random_state,
     save_model,
     set_random_state,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ class LacoTrainer(Trainer):
         self._step_rates: dict[str, float] = {}
         self._run: dict[str, Any] = {}
         args.logging_nan_inf_filter = False  # which logs a NaN as 0.0
+        if args.ddp_find_unused_parameters is None:
+            # Of an encoder, what comes behind the layer that the projector reads has no gradient; all else has.
+            args.ddp_find_unused_parameters = "encoder" in rates
         super().__init__(
             model,
             args,
@@ -118,6 +122,21 @@ class LacoTrainer(Trainer):
             processing_class=processor,
             callbacks=[*(callbacks or []), _Housekeeping(self)],
         )
+        if self.is_fsdp_enabled and not self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap:
+            # Accelerate refuses what a family's encoder may have and this one has not.
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = _layers(self._unwrapped())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create what spreads the model over processes; by FSDP2 also over those without a GPU."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            # Accelerate drops FSDP on CPUs without a word, although all that it does works there.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
 
     # What is trained, and at which rate.
 
@@ -171,8 +190,7 @@ class LacoTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """Decide over the step, which is taken right after this."""
         norm = super()._get_grad_norm(model, grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return self._decide(None if norm is None else float(norm))
+        return self._decide(float(whole(norm)) if isinstance(norm, torch.Tensor) else norm)
 
     def _decide(self, norm: float | None) -> float | None:
         step, self._step = self._step, Step()
@@ -317,10 +335,11 @@ class LacoTrainer(Trainer):
 
     def _write(self, part: Path) -> None:
         # What takes all processes comes first: none may wait for one that could not write.
-        weights = self.accelerator.get_state_dict(self.model_wrapped)
-        optimizer = optimizer_state(self._unwrapped(), _inner(self.optimizer), keep=self.is_world_process_zero())
+        keep = self.is_world_process_zero()
+        weights = model_state(self._unwrapped(), keep)
+        optimizer = optimizer_state(self._unwrapped(), _inner(self.optimizer), keep)
         torch.save(random_state(self.args.device), part / random_file(self.args.process_index))
-        if not self.is_world_process_zero():
+        if not keep:
             return
         save_model(self._unwrapped(), part, weights)
         self.processing_class.save_pretrained(part)
@@ -400,6 +419,12 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Return the classes of the layers that FSDP gathers one by one."""
+    wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return sorted(wanted & {type(module).__name__ for module in model.modules()})
 
 
 def _check_arguments(args: TrainingArguments) -> None:
