@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from .runs import RATES, data, model, trainer
+from .runs import data, model, trainer
 
 STEPS = 3
 FSDP = {"fsdp": True}
@@ -43,7 +43,8 @@ def fsdp(folder):
     trained = common(folder, 2, out="fsdp", **FSDP)
     trained.train()
     from torch.distributed.fsdp import FSDPModule
-    print([n for n,m in trained.model.named_modules() if isinstance(m, FSDPModule)])
+
+    print([n for n, m in trained.model.named_modules() if isinstance(m, FSDPModule)])
     print({type(p) for p in trained.model.parameters()})
 
 

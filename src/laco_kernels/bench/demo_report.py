@@ -51,15 +51,16 @@ def table(result: DemoResult) -> Table:
 def findings(result: DemoResult) -> list[str]:
     """Say what the figures show, whichever way that is."""
     last = list(result.stages.values())[-1]
-    above = [score.kind for score in last if score.accuracy > score.baseline + chance_margin(score)]
+    above = [score.kind for score in last if score.accuracy > score.baseline + margin(score)]
     others = [score.kind for score in last if score.kind not in above]
-    lines = [f"Far above the majority answer: {', '.join(above) or 'none'}. Not: {', '.join(others) or 'none'}."]
+    beyond = "Above the majority answer by more than three standard deviations of guessing"
+    lines = [f"{beyond}: {', '.join(above) or 'none'}. Not: {', '.join(others) or 'none'}."]
     seen = ", ".join(f"{name} {share:.0%}" for name, share in result.tower.items())
-    lines.append(f"What a linear reader sees in the pretrained tower, before any merge: {seen}.")
+    lines.append(f"What linear heads read right in the pretrained tower, before any merge: {seen}.")
     return lines
 
 
-def chance_margin(score: Score) -> float:
+def margin(score: Score) -> float:
     """Return three standard deviations of the share that the majority answer gets right in so many questions."""
     return 3 * (score.baseline * (1 - score.baseline) / score.asked) ** 0.5
 
