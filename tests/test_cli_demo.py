@@ -84,7 +84,7 @@ def test_a_folder_with_other_things_stays_as_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("text", ["samples", "samples=-1", "nonsense=3", "samples=0", "samples=a"])
+@pytest.mark.parametrize("text", ["samples", "samples=-1", "nonsense=3", "samples=0", "samples=a", "seed=1"])
 def test_sizes_that_are_none(tmp_path, text):
     done = laco("train-demo", "--out", tmp_path / "out", "--set", text)
     assert done.exit_code == 2

@@ -16,7 +16,7 @@ def result():
     answers = (Answer("a", "colour", "What colour is the star?", "red", "blue"),)
     names = ("torch", "transformers", "python", "commit", "laco_kernels", "date", "device", "cpu_threads")
     environment = dict.fromkeys(names, "?")
-    return DemoResult(Settings(), steps, {"things": 0.9}, {"stage1": first, "stage2": last}, answers, environment)
+    return DemoResult(Settings(), steps, {"things": 0.9}, {"stage1": first, "stage2": last}, answers, environment, "cpu")
 
 
 def test_it_says_which_types_are_above_chance_and_which_are_not(result):

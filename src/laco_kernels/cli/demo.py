@@ -6,10 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from laco_kernels.cli.common import Json, app, deliver, err_console, out_console, progress_bar, quiet_transformers, usage_errors
+from laco_kernels.cli.common import (
+    Json,
+    app,
+    deliver,
+    err_console,
+    out_console,
+    parse_device,
+    progress_bar,
+    quiet_transformers,
+    usage_errors,
+)
+from laco_kernels.errors import complaint
 
 
 @app.command()
@@ -49,9 +59,11 @@ def train_demo(
         from laco_kernels.train.demo import Settings, run_demo
 
         quiet_transformers()
-        settings = Settings(**_numbers(sizes or [], [field.name for field in dataclasses.fields(Settings)]) | {"seed": seed})
+        names = [field.name for field in dataclasses.fields(Settings) if field.name != "seed"]
+        settings = Settings(**_numbers(sizes or [], names), seed=seed)
+        report.check_folder(out)
         with progress_bar() as step:
-            result = run_demo(out, settings, environment(torch.device("cpu")), step)
+            result = run_demo(out, settings, environment(parse_device(None)), step)
 
     def show() -> None:
         out_console.print(demo_report.headline(result), style="bold", markup=False, highlight=False)
@@ -66,8 +78,6 @@ def train_demo(
 
 
 def _numbers(texts: list[str], names: list[str]) -> dict[str, int]:
-    from laco_kernels.errors import complaint
-
     found = {}
     for text in texts:
         name, _, value = text.partition("=")

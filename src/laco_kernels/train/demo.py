@@ -110,7 +110,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is done: its name, and the seconds it took by the clock and on all cores together."""
+    """A step that is done: its name, and the seconds since it was last begun, by the clock and of all cores together."""
 
     name: str
     seconds: float
@@ -128,7 +128,7 @@ class DemoResult:
         stages: by stage the scores of its model.
         examples: the first answers of the last model to questions of each type.
         environment: what it was begun on.
-        device: whether it ran on "cpu" or "cuda".
+        device: "cpu", or "cuda" where the stages found a GPU; all else is done on the CPU.
     """
 
     settings: Settings
@@ -137,7 +137,7 @@ class DemoResult:
     stages: dict[str, tuple[Score, ...]]
     examples: tuple[Answer, ...]
     environment: dict[str, Any]
-    device: str = "cpu"
+    device: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-ready."""
@@ -231,6 +231,7 @@ class _Demo:
             {stage: tuple(score(entries)) for stage, entries in answers.items()},
             tuple(seen.values()),
             self.environment,
+            "cuda" if self.environment.get("driver") else "cpu",
         )
 
     def _write(self) -> None:
