@@ -32,14 +32,19 @@ def test_the_demo_from_nothing_to_a_model_stopped_on_its_way(tmp_path, monkeypat
     from laco_kernels.train import demo as module
 
     out = tmp_path / "out"
+
+    def full(self, *_, **__):
+        if self.stage == "stage2":
+            raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_ask", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(module._Tell, "on_step_end", full)
         stopped = demo(out)
         assert stopped.exit_code == 2
         assert "No space left on device" in stopped.stderr
     with monkeypatch.context() as patch:  # what is done is not done again
         for name in ("_drawn", "_tower", "_llm"):
-            patch.setattr(module, name, None)
+            patch.setattr(module, name, lambda *_: pytest.fail("done again"))
         done = demo(out)
     assert done.exit_code == 0, done.output
     assert max(map(len, done.stdout.splitlines())) <= 80
