@@ -16,7 +16,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/bindings.cpp", "csrc/hopper_128x256.cu", "csrc/hopper_192x128.cu"]
-HEADERS = ["gelu.cuh", "hopper_gemm.cuh", "hopper_gemm.h", "hopper_launch.cuh", "ptx.cuh", "schedule.h", "wgmma.cuh"]
+HEADERS = [
+    "element.cuh",
+    "gelu.cuh",
+    "hopper_gemm.cuh",
+    "hopper_gemm.h",
+    "hopper_launch.cuh",
+    "ptx.cuh",
+    "schedule.h",
+    "wgmma.cuh",
+]
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 

@@ -1,4 +1,4 @@
-// One matrix product for Hopper, sm_90a: out[m, n] = epilogue(sum_k A[m, k] W[n, k] + bias[n]), bf16 in and out, float sums.
+// One matrix product for Hopper, sm_90a: out[m, n] = epilogue(sum_k A[m, k] W[n, k] + bias[n]), 16-bit in and out, float sums.
 //
 // A warpgroup whose one thread drives the copy engine fills a ring of shared-memory slots; the other warpgroups multiply what
 // lies there and write the result. Blocks are persistent: while a tile is written, the ring already holds the next one.
@@ -15,10 +15,10 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
 
 #include <cstdint>
 
+#include "element.cuh"
 #include "gelu.cuh"
 #include "hopper_gemm.h"
 #include "ptx.cuh"
@@ -29,12 +29,12 @@ namespace laco {
 
 constexpr int BK = 64;  // channels a slot: 128 bytes, the width of the swizzle
 
-// How rows are found in an image: row q is the window whose first pixel is (q % out_width, q / out_width) * step.
+// How rows are found in an image: row q is the window whose first pixel is (q % out_width, q / out_width) * side.
 struct Rows {
   int im2col;  // 0: the tensor map is a plain matrix
   int per_image;
   int out_width;
-  int step;
+  int side;
 };
 
 struct GemmParams {
@@ -42,10 +42,10 @@ struct GemmParams {
   CUtensorMap w;               // (channel, tap, n): 64 x 1 x BN
   CUtensorMap out, pre;        // 64 columns x 16 rows, stored by one warp
   CUtensorMap residual;        // 64 channels x BM rows
-  const __nv_bfloat16* bias;   // [n] or null
-  __nv_bfloat16* out_tokens;   // [B, out_prefix + rows.per_image, n]
+  const uint16_t* bias;        // [n] or null
+  uint16_t* out_tokens;        // [B, out_prefix + rows.per_image, n]
   int m, n;
-  int sources, taps, tap_width, channel_steps;  // K = sources * taps * channels; tap_width: taps along x
+  int sources, channel_steps;  // K = sources * windows' tokens * channels
   Rows rows;
   Rows residual_rows;
   int height, width;  // of the residual's image
@@ -96,8 +96,8 @@ struct RowPosition {
       b = m / rows.per_image;
       const int q = m - b * rows.per_image;
       y = q / rows.out_width;
-      x = (q - y * rows.out_width) * rows.step;
-      y *= rows.step;
+      x = (q - y * rows.out_width) * rows.side;
+      y *= rows.side;
     }
   }
 };
@@ -115,8 +115,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uin
     const RowPosition at(p.rows, m0);
     for (int source = 0; source < p.sources; ++source) {
       const CUtensorMap* map_a = &p.a[source];
-      for (int tap = 0; tap < p.taps; ++tap) {
-        const int dy = tap / p.tap_width, dx = tap - dy * p.tap_width;
+      for (int tap = 0; tap < p.rows.side * p.rows.side; ++tap) {
+        const int dy = tap / p.rows.side, dx = tap - dy * p.rows.side;
         for (int step = 0; step < p.channel_steps; ++step, ring.next(), ++iteration) {
           const uint32_t to = slots + ring.slot * T::SLOT_BYTES, barrier = full + ring.slot * 8;
           ptx::barrier_wait(empty + ring.slot * 8, ring.parity ^ 1, "empty", iteration);
@@ -127,20 +127,21 @@ __device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uin
           } else {
             ptx::load_2d(map_a, barrier, to, step * BK, at.row);
           }
-          ptx::load_3d(&p.w, barrier, to + T::A_BYTES, step * BK, source * p.taps + tap, n0);
+          ptx::load_3d(&p.w, barrier, to + T::A_BYTES, step * BK, source * p.rows.side * p.rows.side + tap, n0);
         }
       }
     }
     if constexpr (RESIDUAL) {
       const RowPosition first(p.residual_rows, m0);
       for (int chunk = 0; chunk < T::BN / 64; ++chunk) {
-        for (int tap = 0; tap < 4; ++tap, ring.next(), ++iteration) {
+        for (int tap = 0; tap < p.residual_rows.side * p.residual_rows.side; ++tap, ring.next(), ++iteration) {
+          const int dy = tap / p.residual_rows.side, dx = tap - dy * p.residual_rows.side;
           const uint32_t to = slots + ring.slot * T::SLOT_BYTES, barrier = full + ring.slot * 8;
           ptx::barrier_wait(empty + ring.slot * 8, ring.parity ^ 1, "empty for residual", iteration);
           ptx::barrier_expect(barrier, T::A_BYTES);
           const int c = n0 + chunk * 64;
           if (p.residual_rows.im2col) {
-            ptx::load_im2col(&p.residual, barrier, to, c, first.x, first.y, first.b, tap & 1, tap >> 1);
+            ptx::load_im2col(&p.residual, barrier, to, c, first.x, first.y, first.b, dx, dy);
           } else {
             ptx::load_2d(&p.residual, barrier, to, tap * p.n + c, first.row);
           }
@@ -156,7 +157,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, uint32_t slots, uin
 
 // A consumer warp's way from registers to the output: pieces of 16 rows x 64 columns through buffers of its own.
 // TOKENS: the output may have prefix tokens in front of each image's rows.
-template <class T, bool TOKENS>
+template <class T, Element ELEMENT, bool TOKENS>
 struct Writer {
   const GemmParams& p;
   uint32_t buffers;
@@ -173,8 +174,8 @@ struct Writer {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* v = values + 8 * i;
-      ptx::store_matrices(line + (((2 * i + lane / 16) ^ (lane % 8)) << 4), pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]),
-                          pack(v[6], v[7]));
+      ptx::store_matrices(line + (((2 * i + lane / 16) ^ (lane % 8)) << 4), pack<ELEMENT>(v[0], v[1]), pack<ELEMENT>(v[2], v[3]),
+                          pack<ELEMENT>(v[4], v[5]), pack<ELEMENT>(v[6], v[7]));
     }
     if (TOKENS && is_out && p.out_prefix > 0) {
       __syncwarp();
@@ -205,31 +206,23 @@ struct Writer {
       }
     }
   }
-
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
 };
-
-__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
 // One over the number of real tokens in row m's window.
 __device__ __forceinline__ float window_scale(const GemmParams& p, int m) {
   const int q = m % p.rows.per_image, y = q / p.residual_rows.out_width, x = q - y * p.residual_rows.out_width;
-  const int tokens = min(p.height - 2 * y, 2) * min(p.width - 2 * x, 2);
-  return tokens == 4 ? 0.25f : tokens == 2 ? 0.5f : 1.f;
+  const int side = p.residual_rows.side;
+  return __frcp_rn(static_cast<float>(min(p.height - side * y, side) * min(p.width - side * x, side)));
 }
 
-template <class T, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
+template <class T, Element ELEMENT, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
 __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uint32_t full, uint32_t empty,
                                         uint32_t buffers, int consumer) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const Schedule schedule = schedule_of<T>(p);
-  const int steps = p.sources * p.taps * p.channel_steps;
+  const int steps = p.sources * p.rows.side * p.rows.side * p.channel_steps;
   const int first_row = consumer * 64;
-  Writer<T, RESIDUAL> writer{p, buffers + (consumer * 4 + warp) * T::STORE_BUFFERS * T::PIECE_BYTES, lane};
+  Writer<T, ELEMENT, RESIDUAL> writer{p, buffers + (consumer * 4 + warp) * T::STORE_BUFFERS * T::PIECE_BYTES, lane};
   Ring<T::STAGES> ring;
 
   const auto release = [&](int slot) {
@@ -244,7 +237,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uin
     // Asked for before the product and used after it.
     uint32_t bias[T::BN / 8] = {};
     if (p.bias != nullptr) {
-      const __nv_bfloat16* first = p.bias + n0 + lane % 4 * 2;
+      const uint16_t* first = p.bias + n0 + lane % 4 * 2;
 #pragma unroll
       for (int j = 0; j < T::BN / 8; ++j) {
         if (8 * j < p.n - n0) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(bias[j]) : "l"(first + 8 * j));
@@ -261,7 +254,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uin
       wgmma::fence();
       // Descriptors count in 16 bytes: 2 are 16 channels.
 #pragma unroll
-      for (int k = 0; k < BK / 16; ++k) wgmma::multiply(acc, a + 2 * k, w + 2 * k, step + k > 0);
+      for (int k = 0; k < BK / 16; ++k) wgmma::multiply<ELEMENT>(acc, a + 2 * k, w + 2 * k, step + k > 0);
       wgmma::commit();
       wgmma::wait_previous();
       if (step > 0) release(previous);
@@ -282,13 +275,13 @@ __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uin
       const int n = n0 + chunk * 64;
       float* v = acc + chunk * 32;
 #pragma unroll
-      for (int j = 0; j < 32; ++j) v[j] += j % 2 ? high_half(bias[chunk * 8 + j / 4]) : low_half(bias[chunk * 8 + j / 4]);
+      for (int j = 0; j < 32; ++j) v[j] += j % 2 ? high<ELEMENT>(bias[chunk * 8 + j / 4]) : low<ELEMENT>(bias[chunk * 8 + j / 4]);
       if constexpr (SAVE_PRE) writer.write(v, &p.pre, false, row, n);
 #pragma unroll
-      for (int j = 0; j < 32; ++j) v[j] = activate<ACTIVATION>(v[j]);
+      for (int j = 0; j < 32; ++j) v[j] = activate<ELEMENT, ACTIVATION>(v[j]);
       if constexpr (RESIDUAL) {
 #pragma unroll 1
-        for (int tap = 0; tap < 4; ++tap) {
+        for (int tap = 0; tap < p.residual_rows.side * p.residual_rows.side; ++tap) {
           ptx::barrier_wait(full + ring.slot * 8, ring.parity, "full for residual", tap);
           const uint32_t line = slots + ring.slot * T::SLOT_BYTES + (first_row + warp * 16 + lane % 16) * 128;
 #pragma unroll
@@ -297,8 +290,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uin
             ptx::load_matrices(line + (((2 * j + lane / 16) ^ (lane % 8)) << 4), x);
 #pragma unroll
             for (int h = 0; h < 4; ++h) {
-              v[8 * j + 2 * h] = fmaf(low_half(x[h]), scale[h % 2], v[8 * j + 2 * h]);
-              v[8 * j + 2 * h + 1] = fmaf(high_half(x[h]), scale[h % 2], v[8 * j + 2 * h + 1]);
+              v[8 * j + 2 * h] = fmaf(low<ELEMENT>(x[h]), scale[h % 2], v[8 * j + 2 * h]);
+              v[8 * j + 2 * h + 1] = fmaf(high<ELEMENT>(x[h]), scale[h % 2], v[8 * j + 2 * h + 1]);
             }
           }
           __syncwarp();
@@ -312,7 +305,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, uint32_t slots, uin
   if (lane == 0) ptx::store_wait_all();
 }
 
-template <class T, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
+template <class T, Element ELEMENT, Activation ACTIVATION, bool SAVE_PRE, bool RESIDUAL>
 __global__ void __launch_bounds__(T::THREADS, 1) hopper_gemm_kernel(const __grid_constant__ GemmParams p) {
   extern __shared__ char shared[];
   const uint32_t slots = (ptx::shared_address(shared) + 1023) / 1024 * 1024;
@@ -338,7 +331,7 @@ __global__ void __launch_bounds__(T::THREADS, 1) hopper_gemm_kernel(const __grid
     if (threadIdx.x == 0) produce<T, RESIDUAL>(p, slots, full, empty);
   } else {
     ptx::registers_up<T::CONSUMER_REGISTERS>();
-    consume<T, ACTIVATION, SAVE_PRE, RESIDUAL>(p, slots, full, empty, buffers, warpgroup - 1);
+    consume<T, ELEMENT, ACTIVATION, SAVE_PRE, RESIDUAL>(p, slots, full, empty, buffers, warpgroup - 1);
   }
 }
 

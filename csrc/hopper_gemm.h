@@ -9,19 +9,23 @@
 namespace laco {
 
 constexpr int MAX_SOURCES = 8;
+constexpr int MAX_SIDE = 8;  // of a window: the copy engine steps no further
 
-// out[m, n] = act(sum_k A[m, k] weight[n, k] + bias[n]) + residual; everything bfloat16, sums in float.
+enum class Element : int { bfloat16 = 0, float16 = 1 };
+
+// out[m, n] = act(sum_k A[m, k] weight[n, k] + bias[n]) + residual; everything of one 16-bit type, sums in float.
 //
-// Row m is token q of image b, m = b * rows + q, or with `windows` the q-th 2 x 2 window, whose K is ordered (dy, dx, channel).
-// Several sources follow each other along K. An odd height or width is zero-padded at the bottom or right. Channels and n are
+// Row m is the q-th window of image b, m = b * rows + q; its K is ordered (dy, dx, channel). A window of side 1 is a token. Several
+// sources follow each other along K. A grid that windows do not fill is zero-padded at the bottom and right. Channels and n are
 // multiples of 8, and so are strides; pointers are 16-byte aligned.
 struct GemmProblem {
+  Element element;
   const void* sources[MAX_SOURCES];
   int num_sources;
-  int batch, height, width;    // of the tokens; without windows height * width tokens are as many rows
+  int batch, height, width;    // of the tokens
   int64_t stride_b, stride_t;  // of the sources, in elements; a line's tokens, and an image's lines, follow each other
   int prefix;                  // tokens of each image in front of the first row, skipped
-  bool windows;
+  int side;  // of a window, in tokens
   int channels;
   const void* weight;  // [n, K] contiguous
   const void* bias;    // [n] or null
@@ -30,20 +34,22 @@ struct GemmProblem {
   void* out;          // [batch, out_prefix + rows, n] contiguous; prefix rows are not written
   int out_prefix;     // with a residual only
   void* pre;          // [M, n]: the value the activation is applied to, or null
-  const void* residual;  // tokens [batch, residual_prefix + residual_height * residual_width, n], whose 2 x 2 mean is added, or null
+  const void* residual;  // tokens [batch, residual_prefix + residual_height * residual_width, n], whose windows' means are added
   int64_t residual_stride_b, residual_stride_t;
-  int residual_prefix, residual_height, residual_width;
+  int residual_prefix, residual_height, residual_width, residual_side;
   bool residual_block;  // its tokens lie window by window
 
   // Of an image.
-  int64_t rows() const { return windows ? int64_t((height + 1) / 2) * ((width + 1) / 2) : int64_t(height) * width; }
+  int64_t rows() const { return int64_t((height + side - 1) / side) * ((width + side - 1) / side); }
 };
 
 // What of a problem the kernel cannot do, or null.
 inline const char* refusal(const GemmProblem& q) {
   const int64_t tokens = int64_t(q.height) * q.width, residual_tokens = int64_t(q.residual_height) * q.residual_width;
+  if (q.element != Element::bfloat16 && q.element != Element::float16) return "element must be 0 or 1";
   if (q.num_sources < 1 || q.num_sources > MAX_SOURCES) return "there must be 1 to 8 sources";
   if (q.batch < 0 || q.height < 1 || q.width < 1 || q.channels < 1 || q.n < 0) return "sizes must be positive";
+  if (q.side < 1 || q.side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
   if (q.rows() * q.batch >= int64_t(1) << 30) return "too many rows for 32-bit row numbers";
   if (q.channels % 8 || q.n % 8 || q.stride_t % 8 || q.stride_b % 8 || q.residual_stride_t % 8 || q.residual_stride_b % 8) {
     return "channels, n and strides must be multiples of 8";
@@ -59,15 +65,17 @@ inline const char* refusal(const GemmProblem& q) {
   }
   if (!q.residual) return q.out_prefix ? "an output with prefix tokens needs a residual" : nullptr;
   if (q.activation) return "the residual comes without an activation";
-  if (int64_t((q.residual_height + 1) / 2) * ((q.residual_width + 1) / 2) != q.rows()) {
+  const int side = q.residual_side;
+  if (side < 1 || side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
+  if (int64_t((q.residual_height + side - 1) / side) * ((q.residual_width + side - 1) / side) != q.rows()) {
     return "the residual's windows must be the output's rows";
   }
   if (q.residual_stride_t < q.n || (q.batch > 1 && q.residual_stride_b < residual_tokens * q.residual_stride_t)) {
     return "tokens or images of the residual overlap";
   }
-  if (q.residual_block && (q.residual_prefix || q.residual_height % 2 || q.residual_width % 2 || q.residual_stride_t != q.n ||
-                           (q.batch > 1 && q.residual_stride_b != residual_tokens * q.n))) {
-    return "a residual in block order must be contiguous, with an even grid and no prefix";
+  if (q.residual_block && (q.residual_prefix || q.residual_height % side || q.residual_width % side ||
+                           q.residual_stride_t != q.n || (q.batch > 1 && q.residual_stride_b != residual_tokens * q.n))) {
+    return "a residual in block order must be contiguous, with a grid of whole windows and no prefix";
   }
   return nullptr;
 }

@@ -1,9 +1,9 @@
 // What the parts of the test program share.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -12,17 +12,19 @@
 struct Problem {
   const char* name;
   int batch, height, width, prefix, channels, sources, n;
-  bool windows;
+  int side;
   bool bias;
   int activation;
   bool save;
-  int residual;  // 0 none, 1 raster, 2 block order; of a grid twice as fine, or residual_height x residual_width
+  int residual;  // 0 none, 1 raster, 2 block order; of residual_height x residual_width tokens
   int residual_height, residual_width;
   int out_prefix;
+  int residual_side = 2;
+  laco::Element element = laco::Element::bfloat16;
 
-  int rows() const { return windows ? (height + 1) / 2 * ((width + 1) / 2) : height * width; }
+  int rows() const { return (height + side - 1) / side * ((width + side - 1) / side); }
   int m() const { return batch * rows(); }
-  int k() const { return sources * channels * (windows ? 4 : 1); }
+  int k() const { return sources * channels * side * side; }
 };
 
 // A problem's tensors on the device. What must not be read or written is NaN.
@@ -38,7 +40,7 @@ struct Tensors {
   float *expected, *expected_pre;  // [M, n]
 
  private:
-  __nv_bfloat16* allocate(size_t elements, unsigned seed, float scale);
+  uint16_t* allocate(size_t elements, unsigned seed, float scale);
 };
 
 void compute_reference(const Tensors& tensors);

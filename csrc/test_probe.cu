@@ -26,9 +26,9 @@ __global__ void probe_kernel(const __grid_constant__ CUtensorMap map, int c, int
   out[r] = value;
 }
 
-bool probe(int batch, int height, int width, int step, int prefix, int m0, int tap) {
-  const int channels = 64, tokens = height * width + prefix, line = (width + step - 1) / step;
-  const int rows = line * ((height + step - 1) / step);
+bool probe(int batch, int height, int width, int side, int prefix, int m0, int tap) {
+  const int channels = 64, tokens = height * width + prefix, line = (width + side - 1) / side;
+  const int rows = line * ((height + side - 1) / side);
   std::vector<uint16_t> x(size_t(batch) * tokens * channels, 0xFFFF);
   for (int b = 0; b < batch; ++b) {
     for (int t = 0; t < height * width; ++t) {
@@ -42,10 +42,10 @@ bool probe(int batch, int height, int width, int step, int prefix, int m0, int t
   cudaMemcpy(device_x, x.data(), x.size() * 2, cudaMemcpyHostToDevice);
   CUtensorMap map;
   char label[160];
-  snprintf(label, sizeof label, "im2col %d images of %dx%d, step %d, prefix %d, row %d, tap %d", batch, height, width, step, prefix,
+  snprintf(label, sizeof label, "im2col %d images of %dx%d, side %d, prefix %d, row %d, tap %d", batch, height, width, side, prefix,
            m0, tap);
-  if (!laco::encode_im2col(&map, device_x + prefix * channels, channels, width, height, batch, channels, int64_t(tokens) * channels,
-                           step, PIXELS)) {
+  if (!laco::encode_im2col(&map, laco::Element::bfloat16, device_x + prefix * channels, channels, width, height, batch, channels, int64_t(tokens) * channels,
+                           side, PIXELS)) {
     printf("FAIL %s: no tensor map\n", label);
     return false;
   }
@@ -53,12 +53,13 @@ bool probe(int batch, int height, int width, int step, int prefix, int m0, int t
   cudaStreamCreate(&stream);
   const int q = m0 % rows;
   const int shared = PIXELS * 128 + 2048;
-  probe_kernel<<<1, PIXELS, shared, stream>>>(map, 0, q % line * step, q / line * step, m0 / rows, tap % 2, tap / 2, device_out);
+  probe_kernel<<<1, PIXELS, shared, stream>>>(map, 0, q % line * side, q / line * side, m0 / rows, tap % side, tap / side,
+                                             device_out);
   finish_or_exit(stream, 2, label);
   cudaMemcpy(out, device_out, sizeof out, cudaMemcpyDeviceToHost);
   int wrong = 0;
   for (int r = 0; r < PIXELS; ++r) {
-    const int m = m0 + r, b = m / rows, i = m % rows, py = i / line * step + tap / 2, px = i % line * step + tap % 2;
+    const int m = m0 + r, b = m / rows, i = m % rows, py = i / line * side + tap / side, px = i % line * side + tap % side;
     const bool inside = b < batch && py < height && px < width;
     const int expected = inside ? 1 + b * height * width + py * width + px : 0;
     if (out[r] == expected) continue;
@@ -79,6 +80,7 @@ bool probe_im2col() {
   for (int tap = 0; tap < 4; ++tap) good &= probe(3, 27, 27, 2, 1, 128, tap);
   good &= probe(3, 5, 7, 2, 1, 0, 3);
   good &= probe(2, 27, 27, 2, 0, 384, 3);  // ends behind the last image
+  for (int tap = 0; tap < 9; ++tap) good &= probe(3, 26, 25, 3, 1, 128, tap);
   good &= probe(3, 1, 576, 1, 1, 512, 0);  // rows of a sequence behind a class token
   return good;
 }

@@ -14,17 +14,17 @@ struct Shape {
 };
 
 const Shape SHAPES[] = {
-    {{"9216x4096x4096", 1, 1, 9216, 0, 4096, 1, 4096, false, true, 0, false}, "cuBLAS 403 us"},
-    {{"9216x4096x4096 erf", 1, 1, 9216, 0, 4096, 1, 4096, false, true, 1, false}, "Triton, bias + GELU 454 us"},
-    {{"9216x4096x4096 tanh", 1, 1, 9216, 0, 4096, 1, 4096, false, true, 2, false}, ""},
-    {{"9216x4096x4096 erf save", 1, 1, 9216, 0, 4096, 1, 4096, false, true, 1, true}, ""},
-    {{"9216x4096x4096 windows erf", 64, 24, 24, 0, 1024, 1, 4096, true, true, 1, false}, ""},
-    {{"9216x1024x4096", 1, 1, 9216, 0, 4096, 1, 1024, false, true, 0, false}, "cuBLAS 108 us"},
-    {{"9216x1024x4096 residual", 64, 12, 12, 0, 4096, 1, 1024, false, true, 0, false, 1, 24, 24, 0}, ""},
-    {{"2304x4096x4096", 1, 1, 2304, 0, 4096, 1, 4096, false, true, 0, false}, "cuBLAS 101 us"},
-    {{"2304x4096x4096 windows erf", 16, 24, 24, 0, 1024, 1, 4096, true, true, 1, false}, ""},
-    {{"9216x1024x8192 8 sources cls erf", 16, 24, 24, 1, 1024, 8, 1024, false, true, 1, false}, ""},
-    {{"144x4096x4096", 1, 1, 144, 0, 4096, 1, 4096, false, true, 0, false}, "cuBLAS 15.2 us"},
+    {{"9216x4096x4096", 1, 1, 9216, 0, 4096, 1, 4096, 1, true, 0, false}, "cuBLAS 403 us"},
+    {{"9216x4096x4096 erf", 1, 1, 9216, 0, 4096, 1, 4096, 1, true, 1, false}, "Triton, bias + GELU 454 us"},
+    {{"9216x4096x4096 tanh", 1, 1, 9216, 0, 4096, 1, 4096, 1, true, 2, false}, ""},
+    {{"9216x4096x4096 erf save", 1, 1, 9216, 0, 4096, 1, 4096, 1, true, 1, true}, ""},
+    {{"9216x4096x4096 windows erf", 64, 24, 24, 0, 1024, 1, 4096, 2, true, 1, false}, ""},
+    {{"9216x1024x4096", 1, 1, 9216, 0, 4096, 1, 1024, 1, true, 0, false}, "cuBLAS 108 us"},
+    {{"9216x1024x4096 residual", 64, 12, 12, 0, 4096, 1, 1024, 1, true, 0, false, 1, 24, 24, 0}, ""},
+    {{"2304x4096x4096", 1, 1, 2304, 0, 4096, 1, 4096, 1, true, 0, false}, "cuBLAS 101 us"},
+    {{"2304x4096x4096 windows erf", 16, 24, 24, 0, 1024, 1, 4096, 2, true, 1, false}, ""},
+    {{"9216x1024x8192 8 sources cls erf", 16, 24, 24, 1, 1024, 8, 1024, 1, true, 1, false}, ""},
+    {{"144x4096x4096", 1, 1, 144, 0, 4096, 1, 4096, 1, true, 0, false}, "cuBLAS 15.2 us"},
 };
 
 constexpr int LAUNCHES = 20, ROUNDS = 5;

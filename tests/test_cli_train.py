@@ -231,7 +231,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_nothing_else(place, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__batch_size": 5}, "train.batch_size: got 5, expected a multiple of 1 devices x 2 samples at once"),
+        ({"train__batch_size": 5}, "train.batch_size: got 5, expected a multiple of 1 device x 2 samples at once"),
         ({"data__cap": 0}, "data: got 1 of 10 samples left out: 1 missing file (gone.png), expected at most 0 left out"),
         ({"data__max_length": 3}, "too long"),
         ({"data__max_length": 3, "data__cap": 1.0}, "with no sample to train on"),
@@ -244,7 +244,10 @@ def test_a_loss_that_is_no_number_ends_the_run_and_nothing_else(place, tmp_path)
         ({"trainer": "{learning_rat: 1}"}, "trainer.learning_rat: got an unknown key"),
         ({"trainer": "{optim: adamm}"}, "trainer: got {'optim': 'adamm'} (adamm is not a valid OptimizerNames"),
         ({"trainer": "{deepspeed: zero.json}"}, "trainer: got {'deepspeed': 'zero.json'} ("),
-        ({"train__rates": "{llm: 1}", "train__min_lr": 0, "output": "/proc/nowhere"}, "path: got '/proc/nowhere"),
+        (
+            {"train__rates": "{llm: 1}", "train__min_lr": 0, "output": "/proc/nowhere"},
+            "got /proc/nowhere, which cannot be written to",
+        ),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(place, tmp_path, monkeypatch, changes, message):

@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="needs nvcc to build the CUDA extension"),
 ]
 TILES = {"128x256": (128, 256), "192x128": (192, 128)}
-KERNELS = 6  # of each tile: no activation, erf and tanh with and without saving, residual
+KERNELS = 6  # of each tile and type: no activation, erf and tanh with and without saving, residual
+TYPES = ("BF16", "F16")
 
 
 def setup(folder, **env):
@@ -81,6 +82,10 @@ REFUSALS = [
     ({"sources": [64] * 9}, "there must be 1 to 8 sources"),
     ({"batch": -1}, "sizes must be positive"),
     ({"height": 0}, "sizes must be positive"),
+    ({"element": 2}, "element must be 0 or 1"),
+    ({"side": 0}, "windows must be 1 to 8 tokens wide"),
+    ({"side": 9}, "windows must be 1 to 8 tokens wide"),
+    ({**RESIDUAL, "residual_side": 9}, "windows must be 1 to 8 tokens wide"),
     ({"batch": 2**26, "stride_b": 2048}, "too many rows for 32-bit row numbers"),
     ({"channels": 60}, "channels, n and strides must be multiples of 8"),
     ({"n": 60}, "channels, n and strides must be multiples of 8"),
@@ -93,6 +98,7 @@ REFUSALS = [
     ({"sources": [72]}, "pointers must be 16-byte aligned"),
     ({"out_prefix": 1}, "an output with prefix tokens needs a residual"),
     ({**RESIDUAL, "activation": 1}, "the residual comes without an activation"),
+    ({**RESIDUAL, "residual_side": 3}, "the residual's windows must be the output's rows"),
     ({**RESIDUAL, "residual_height": 9}, "the residual's windows must be the output's rows"),
     ({**RESIDUAL, "residual_stride_b": 64}, "tokens or images of the residual overlap"),
     ({**RESIDUAL, "residual_stride_b": 8192, "residual_block": True}, "a residual in block order must be contiguous"),
@@ -153,7 +159,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("tile", TILES)
 def test_nothing_spills_and_nothing_is_serialised(compiled, tile):
     log, _ = compiled[tile]
-    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")] * KERNELS
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")] * KERNELS * len(TYPES)
     assert not re.search("C75(08|10|11)", log), log
     # Three warpgroups of 168 registers, or four of 128, are what a multiprocessor has; roles then shift them among themselves.
     assert {int(used) for used in re.findall(r"Used (\d+) registers", log)} == {{"128x256": 168, "192x128": 128}[tile]}
@@ -162,9 +168,14 @@ def test_nothing_spills_and_nothing_is_serialised(compiled, tile):
 @pytest.mark.parametrize("tile", TILES)
 def test_the_matrix_units_and_the_copy_engine_do_the_work(compiled, tile):
     _, kernels = compiled[tile]
-    assert len(kernels) == KERNELS
+    width = tile.split("x")[1]
+    products = {"BF16": f"HGMMA.64x{width}x16.F32.BF16", "F16": f"HGMMA.64x{width}x16.F32 "}
+    found = Counter()
     for kernel in kernels:
-        assert kernel.count("HGMMA.64x{}x16.F32.BF16".format(tile.split("x")[1])) == 4  # a slot is 64 deep
+        counts = {kind: kernel.count(product) for kind, product in products.items()}
+        assert sorted(counts.values()) == [0, 4]  # a slot is 64 deep
+        found.update(kind for kind, count in counts.items() if count)
         assert "UTMALDG.4D.IM2COL" in kernel
         assert "UTMASTG" in kernel
         assert not re.search(r"\b(STL|LDL)\b", kernel)
+    assert found == dict.fromkeys(TYPES, KERNELS)

@@ -227,7 +227,7 @@ def test_why_the_cuda_kernels_are_unavailable(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(select, "_EXTENSION", [None, None])
     assert select.unavailable("cuda", CUDA, torch.bfloat16) is None
-    assert "in bfloat16, not float16" in select.unavailable("cuda", CUDA, torch.float16)
+    assert "in bfloat16 and float16, not float32" in select.unavailable("cuda", CUDA, torch.float32)
 
     def load(error, problem=None):
         def import_module(name):

@@ -1,11 +1,17 @@
 """Small runs of the trainer."""
 
+import dataclasses
+import re
+
+import pytest
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments
 
 import laco_kernels as lk
-from laco_kernels.train.data import inspect
+from laco_kernels.train.data import Sample, inspect
 from laco_kernels.train.parts import freeze
+from laco_kernels.train.skipping import Cause, Skipped
 from laco_kernels.train.trainer import LacoTrainer
 
 from ..hf.llava import llava, picture, tokenizer
@@ -15,7 +21,7 @@ RATES = {"merge": 1e-2, "projector": 5e-3, "llm": 1e-3}
 ANSWERS = ("A red square.", "Two blue circles.", "In this picture? A red square, and two blue circles.")
 
 
-def data(folder, count=10):
+def data(folder, count=6):
     """Samples of different lengths, every third of them without an image."""
     folder.mkdir(parents=True, exist_ok=True)
     picture().save(folder / "a.png")
@@ -42,14 +48,42 @@ def trainer(folder, samples=None, *, made=None, rates=RATES, out="out", cap=0.01
     """A trainer on few samples; ``run`` are options of LacoTrainer, the others are of its arguments."""
     samples = data(folder) if samples is None else samples
     made = model(rates=rates) if made is None else made
-    processor = lk.hf.build_processor(made, tokenizer())
+    base = made.get_base_model() if isinstance(made, PeftModel) else made
+    processor = lk.hf.build_processor(base, tokenizer())
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "logging_steps": 1, "save_steps": 2}
     settings |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, "weight_decay": 0.1}
     args = TrainingArguments(str(folder / out), **settings | options)
     inspection = inspect(dataset(folder, samples, processor), cap)
     if change:
-        change(inspection)
+        inspection = change(inspection)
     return LacoTrainer(made, args, processor=processor, inspection=inspection, rates=rates, **run or {})
+
+
+def poison(inspection, identifier, value=float("nan"), skip=False):
+    """Have loading a sample give pixels of this value, or leave it out as damaged."""
+    data = inspection.dataset
+
+    class Poisoned(type(data)):
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            if not isinstance(found, Sample) or found.id != identifier:
+                return found
+            if skip:
+                return Skipped(found.index, found.id, Cause.DAMAGED, "a.png")
+            pixels = found.pixel_values
+            return dataclasses.replace(found, pixel_values=None if pixels is None else torch.full_like(pixels, value))
+
+    poisoned = data.only(list(data.indices))
+    poisoned.__class__ = Poisoned
+    return dataclasses.replace(inspection, dataset=poisoned)
+
+
+def raises(kind, action, *words):
+    """An error whose message has all of these words."""
+    with pytest.raises(kind) as raised:
+        action()
+    for word in words:
+        assert re.sub(r"\s+", " ", word) in str(raised.value), str(raised.value)
 
 
 class StopError(Exception):
@@ -59,9 +93,6 @@ class StopError(Exception):
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
-
-    def on_substep_end(self, args, state, control, **_):
-        pass
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:

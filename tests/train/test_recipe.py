@@ -164,7 +164,7 @@ def test_a_recipe_written_down_is_the_same_recipe(name, tmp_path):
         (["train.warmup=1.5"], "train.warmup: got 1.5, expected a number of steps"),
         (["train.gradient_checkpointing=1"], "train.gradient_checkpointing: got 1, expected true or false"),
         (["data.path=null"], "data.path: got None, expected a path"),
-        (["data.path='???'"], "data.path: got ???, expected your own. Pass --set data.path=..."),
+        (["data.path='???'"], "data.path: got ???, expected a value of your own. Pass --set data.path=..."),
         (["data.cap=1.5"], "data.cap: got 1.5, expected a number from 0 on, or a share"),
         (["data.max_length=0"], "data.max_length: got 0, expected an integer from 1 on"),
         (["model.vision=null"], "model.vision: got nothing, expected a folder or hub name"),

@@ -1,8 +1,8 @@
 """``impl="cuda"``: forward passes as Hopper matrix products that do everything else on the way; ``csrc/`` has the kernel.
 
-bfloat16 on compute capability 9.0. The copy engine gathers windows, completes odd grids with zeros and drops prefix tokens;
-bias, GELU, saved pre-activation and residual are the product's epilogue. Only the forward pass is the fused kernel; the
-backward pass is that of the composite, cuBLAS products between fused passes.
+bfloat16 and float16 on compute capability 9.0. The copy engine gathers windows, completes odd grids with zeros and drops
+prefix tokens; bias, GELU, saved pre-activation and residual are the product's epilogue. Only the forward pass is the fused
+kernel; the backward pass is that of the composite, cuBLAS products between fused passes.
 
 What the copy engine cannot address, or the kernel was not written for, is an :class:`~laco_kernels.errors.UnsupportedError`:
 an explicit ``impl="cuda"`` raises it, the automatic choice takes the composite instead.
@@ -42,8 +42,9 @@ __all__ = [
 ]
 
 GELU = {"none": 1, "tanh": 2}
-MOST_SOURCES, MOST_ROWS = 8, 1 << 30
-ALIGNMENT, ELEMENT = 16, 2  # bytes: what the copy engine counts in, and one bfloat16
+ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
+MOST_SOURCES, MOST_ROWS, MOST_SIDE = 8, 1 << 30, 8
+ALIGNMENT, ELEMENT = 16, 2  # bytes: what the copy engine counts in, and one element
 UNIT = ALIGNMENT // ELEMENT
 
 
@@ -63,8 +64,8 @@ def patch_merge_forward(
     """See :func:`laco_kernels.reference.patch_merge_forward`; without ``save`` the pre-activation is empty."""
     batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
     hidden, out = weight1.shape[0], weight2.shape[0]
-    if windows.ratio != 2:
-        raise _unsupported("ratio", windows.ratio, "2")
+    if windows.ratio > MOST_SIDE:
+        raise _unsupported("ratio", windows.ratio, f"at most {MOST_SIDE}")
     if residual_kind == "channel_group":
         raise _unsupported("residual", "'channel_group'", "'mean' or 'none'")
     tokens = _tokens("x", x, batch * rows)
@@ -96,18 +97,13 @@ def strided_conv_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, layout: str, **epilogue: Any
 ) -> torch.Tensor:
     """See :func:`laco_kernels.reference.strided_conv_forward`; ``epilogue`` is what the product does besides."""
-    if windows.ratio > 2:
-        raise _unsupported("kernel_size", windows.ratio, "1 or 2")
-    batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
+    if windows.ratio > MOST_SIDE:
+        raise _unsupported("kernel_size", windows.ratio, f"at most {MOST_SIDE}")
+    batch, rows = x.shape[0], windows.num_windows
     tokens = _tokens("x", x, batch * rows)
     weight, bias = _layer("", weight, bias)
     y = x.new_empty(batch, rows, weight.shape[0])
-    if windows.ratio == 2:
-        source = _windows(tokens, batch, windows, layout)
-    else:
-        rest = _rows(batch, rows, tokens.channels, tokens.stride_t, tokens.stride_b)
-        source = {"sources": [tokens.behind(prefix)], **rest}
-    _gemm([x[:, prefix:]], y, weight, bias, **epilogue, **source)
+    _gemm([x[:, windows.prefix_tokens :]], y, weight, bias, **epilogue, **_windows(tokens, batch, windows, layout))
     return y
 
 
@@ -215,14 +211,15 @@ def _rows(batch: int, rows: int, channels: int, stride_t: int, stride_b: int) ->
 
 
 def _windows(tokens: Tokens, batch: int, windows: Windows, layout: str) -> dict[str, Any]:
-    """Rows of a product that are 2 x 2 windows."""
+    """Rows of a product that are windows."""
     _, stride_b, stride_t, channels = tokens
     first = [tokens.behind(windows.prefix_tokens)]
     if layout == "block" and stride_t == channels:  # a window's tokens are one row
-        return {"sources": first, **_rows(batch, windows.num_windows, 4 * channels, 4 * channels, stride_b)}
+        width = windows.ratio**2 * channels
+        return {"sources": first, **_rows(batch, windows.num_windows, width, width, stride_b)}
     height, width = _image(windows, layout)
     image = {"batch": batch, "height": height, "width": width, "channels": channels, "stride_t": stride_t, "stride_b": stride_b}
-    return {"sources": first, "windows": True, **image}
+    return {"sources": first, "side": windows.ratio, **image}
 
 
 def _residual(tokens: Tokens, batch: int, windows: Windows, layout: str) -> dict[str, Any]:
@@ -235,13 +232,14 @@ def _residual(tokens: Tokens, batch: int, windows: Windows, layout: str) -> dict
         "residual_stride_t": stride_t,
         "residual_height": height,
         "residual_width": width,
+        "residual_side": windows.ratio,
         "residual_block": layout == "block" and not windows.prefix_tokens and follow,
     }
 
 
 def _image(windows: Windows, layout: str) -> tuple[int, int]:
     """Height and width of the image that the tokens are: window by window they are one that is a window wide."""
-    return (2 * windows.num_windows, 2) if layout == "block" else windows.grid
+    return (windows.ratio * windows.num_windows, windows.ratio) if layout == "block" else windows.grid
 
 
 def _gemm(
@@ -265,6 +263,7 @@ def _gemm(
     _launch(
         out.device,
         **problem,
+        element=ELEMENTS[out.dtype],
         weight=weight.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
         n=weight.shape[0],

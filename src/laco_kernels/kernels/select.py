@@ -121,8 +121,8 @@ def _no_hopper_kernels(kind: str, device: torch.device | None, dtype: torch.dtyp
         return f"{needed}, not {kind}"
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) != (9, 0):
         return f"{needed}, not {found[0]}.{found[1]}"
-    if dtype not in (None, torch.bfloat16):
-        return f"the CUDA kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        return f"the CUDA kernels compute in bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if torch.compiler.is_compiling():  # which cannot trace an import; the operator's body will say it
         return None
     if not _EXTENSION:

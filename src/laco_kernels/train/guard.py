@@ -104,12 +104,26 @@ class Step:
 
 
 def _first_gradient(model: nn.Module, inputs: Mapping[str, Any]) -> NonFinite | None:
-    """Return the first gradient that is not finite, of the parameters from the last to the first, as they are computed."""
+    """Return the first gradient that is not finite, in the order in which they are computed."""
     model.zero_grad(set_to_none=True)
-    model(**inputs)["loss"].backward()
+    named = dict(model.named_parameters())
+    order: dict[str, None] = {}
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.setdefault(name))
+        for name, parameter in named.items()
+        if parameter.requires_grad
+    ]
+    try:
+        model(**inputs)["loss"].backward()
+    finally:
+        for handle in handles:
+            handle.remove()
     first = None
-    for name, parameter in reversed(list(model.named_parameters())):
-        gradient = None if parameter.grad is None else whole(parameter.grad)
-        if first is None and gradient is not None and not bool(gradient.isfinite().all()):
+    for name in [*order, *(name for name in reversed(named) if name not in order)]:  # FSDP's set off no hooks
+        gradient = named[name].grad
+        if gradient is None:
+            continue
+        gradient = whole(gradient)
+        if first is None and not bool(gradient.isfinite().all()):
             first = NonFinite("gradient of", name, int(gradient.isnan().sum()), int(gradient.isinf().sum()), gradient.numel())
     return first

@@ -194,7 +194,7 @@ class Recipe:
 
 def packaged() -> dict[str, Path]:
     """Return the recipes in the package by name, with their files."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def summary(path: Path) -> str:

@@ -242,7 +242,7 @@ def _divide(train: TrainRecipe) -> tuple[int, int]:
     at_once = batch // count if train.per_device_batch_size is None else train.per_device_batch_size
     accumulation = batch // (count * at_once) if at_once else 0
     if accumulation * count * at_once != batch or not batch:
-        expected = f"a multiple of {count} devices x {at_once or 1} samples at once"
+        expected = f"a multiple of {count} device{'s' * (count > 1)} x {at_once or 1} samples at once"
         remedy = "Change train.batch_size or train.per_device_batch_size, or the number of devices"
         raise ValueError(complaint("train.batch_size", batch, expected, remedy))
     return at_once, accumulation

@@ -51,7 +51,9 @@ def build(kind: type[T], content: Any, file: str, key: str = "") -> T:
                 raise refusal(file, place, "nothing", "a value", f"Write it down, or pass --set {place}=...")
             continue
         if content[name] == UNSET:
-            raise refusal(file, place, UNSET, "your own", f"Pass --set {place}=..., or set it in a copy of the recipe")
+            raise refusal(
+                file, place, UNSET, "a value of your own", f"Pass --set {place}=..., or set it in a copy of the recipe"
+            )
         try:
             values[name] = _convert(hints[name], content[name], file, place)
         except _MisfitError as error:

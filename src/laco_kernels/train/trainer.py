@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class LacoTrainer(Trainer):
 
     Raises:
         ValueError: ``args`` ask for what would break a promise, or ``rates`` do not fit what is trained.
+        CheckpointError: ``args.output_dir`` cannot be written to.
     """
 
     optimizer: Any
@@ -98,9 +100,10 @@ class LacoTrainer(Trainer):
         non_finite_budget: int = 0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        _check_arguments(args)
+        _check_arguments(args, non_finite_budget)
         for group in parameter_groups(model, rates, args.weight_decay):
             cosine(group["lr"], min_lr, 0, 1)
+        _check_folder(args)
         self.rates, self.min_lr = dict(rates), min_lr
         self.keep = None if keep is None else integer("keep", keep, 1)
         self.non_finite_budget = integer("non_finite_budget", non_finite_budget, 0)
@@ -254,14 +257,17 @@ class LacoTrainer(Trainer):
             NonFiniteError: more losses or gradients than the budget allows are NaN or infinite.
             TooManySkippedError: more samples were left out than the cap allows.
             CheckpointError: a checkpoint could not be written; those before it are as they were.
+            OSError: the metrics could not be written.
         """
         path = self._find(resume_from_checkpoint)
         self._run = self._describe()
         if path is None:
             self._together(self._begin)
+            self.ledger = Ledger()
         else:
             check_run(path, self._run)
-            load_weights(self._unwrapped(), path)
+            if not self.is_deepspeed_enabled:
+                load_weights(self._unwrapped(), path)
         output = super().train(resume_from_checkpoint=None if path is None else str(path), **options)
         if self.is_world_process_zero():
             draw_loss(self.metrics.read(), Path(self.args.output_dir) / PICTURE, self._title())
@@ -336,14 +342,20 @@ class LacoTrainer(Trainer):
     def _write(self, part: Path) -> None:
         # What takes all processes comes first: none may wait for one that could not write.
         keep = self.is_world_process_zero()
-        weights = model_state(self._unwrapped(), keep)
-        optimizer = optimizer_state(self._unwrapped(), _inner(self.optimizer), keep)
+        optimizer = None
+        if self.is_deepspeed_enabled:
+            weights = self.accelerator.get_state_dict(self.deepspeed)
+            super()._save_optimizer_and_scheduler(str(part))
+        else:
+            weights = model_state(self._unwrapped(), keep)
+            optimizer = optimizer_state(self._unwrapped(), _inner(self.optimizer), keep)
         torch.save(random_state(self.args.device), part / random_file(self.args.process_index))
         if not keep:
             return
         save_model(self._unwrapped(), part, weights)
         self.processing_class.save_pretrained(part)
-        torch.save(optimizer, part / OPTIMIZER)
+        if optimizer is not None:
+            torch.save(optimizer, part / OPTIMIZER)
         torch.save(self.lr_scheduler.state_dict(), part / SCHEDULER)
         self.state.save_to_json(part / TRAINER_STATE_NAME)
         run = {"run": self._run, "ledger": self.ledger.state_dict(), "tally": self.inspection.tally.state_dict()}
@@ -356,7 +368,8 @@ class LacoTrainer(Trainer):
         if checkpoint is None:
             return
         path = Path(checkpoint)
-        load_optimizer_state(self._unwrapped(), _inner(self.optimizer), torch.load(path / OPTIMIZER, weights_only=True))
+        if not self.is_deepspeed_enabled:  # which has loaded its own files
+            load_optimizer_state(self._unwrapped(), _inner(self.optimizer), torch.load(path / OPTIMIZER, weights_only=True))
         self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER, weights_only=True))
         content = check_run(path, self._run)
         self.ledger = Ledger(**content["ledger"])
@@ -391,7 +404,7 @@ class LacoTrainer(Trainer):
         model = self._unwrapped()
         trained, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
         parts = ", ".join(f"{part} at {rate:g}" for part, rate in self.rates.items())
-        return f"{parts}: {trained:,} of {size:,} parameters"
+        return f"{parts}\n{trained:,} of {size:,} parameters trained"
 
 
 class _Housekeeping(TrainerCallback):
@@ -427,13 +440,31 @@ def _layers(model: nn.Module) -> list[str]:
     return sorted(wanted & {type(module).__name__ for module in model.modules()})
 
 
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse what would break a promise."""
+def _check_folder(args: TrainingArguments) -> None:
+    """Refuse a folder that cannot be written to before the first step, not at the first checkpoint."""
+    if not args.should_save:
+        return
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        given = f"{args.output_dir}, which cannot be written to ({error.strerror})"
+        remedy = "Make it writable, free some space, or pass another one"
+        raise checkpoint.CheckpointError(complaint("output_dir", given, "a folder for checkpoints", remedy)) from error
+
+
+def _check_arguments(args: TrainingArguments, non_finite_budget: int) -> None:
+    """Refuse what would break a promise, and say of DeepSpeed that it is untested."""
+    if args.deepspeed:
+        logger.warning("DeepSpeed is accepted here, but untested; it keeps its state in files of its own that it unpickles.")
     refused = {
         "fp16": (args.fp16, "Compute in bf16=True, or in float32"),
         "auto_find_batch_size": (args.auto_find_batch_size, "Set the batch size"),
         "ignore_data_skip": (args.ignore_data_skip, "Drop it: a resumed run goes on in the order of its samples"),
         "save_only_model": (args.save_only_model, "Drop it: a run could not be resumed"),
+        "push_to_hub": (args.push_to_hub, "Drop it, and push the model when it is trained"),
+        "non_finite_budget with DeepSpeed": (args.deepspeed and non_finite_budget, "Pass 0: it takes steps by itself"),
         "load_best_model_at_end": (args.load_best_model_at_end, "Drop it"),
         "dispatch_batches": (args.accelerator_config.dispatch_batches, "Drop it: each process counts what it leaves out"),
         "fsdp_config": (args.fsdp_plugin_args and args.fsdp_plugin_args["fsdp_version"] == 1, "Set version to 2"),
