@@ -83,3 +83,23 @@ def test_an_llm_comes_from_its_seed_and_learns():
             return float(model(input_ids=ids[None], labels=labels[None]).loss)
 
     assert loss(later) < loss(one) - 0.5
+
+
+def test_what_is_not_there_counts_neither_as_read_nor_as_not(monkeypatch):
+    monkeypatch.setattr(scene_tower, "HELD_OUT", 4)
+    monkeypatch.setattr(scene_tower, "pretrain", lambda *_: None)
+    monkeypatch.setattr(scene_tower, "imagine_much", lambda _: SCENE)
+
+    class Knowing(torch.nn.Module):  # answers as the scene is, with a wrong colour for the digit
+        def __init__(self, *_):
+            super().__init__()
+            self.labels = torch.tensor(scene_tower.labels_of(SCENE)).clamp(min=0)
+            self.labels[3, 1] -= 1
+
+        def forward(self, tokens, grid):
+            logits = [torch.eye(size)[self.labels[:, i]] for i, size in enumerate(scene_tower.CLASSES)]
+            return torch.cat(logits, -1).expand(len(tokens), -1, -1)
+
+    monkeypatch.setattr(scene_tower, "QuadrantReader", Knowing)
+    _, seen = scene_tower.pretrain_scene_tower(1, 1)
+    assert seen == {"things": 1, "colours": float(torch.tensor(2 / 3)), "letters": 1}

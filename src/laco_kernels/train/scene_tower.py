@@ -31,6 +31,7 @@ LETTERS = string.ascii_uppercase
 #: What a quadrant shows, and the classes of each of its labels: that, its colour, and the three letters of a word.
 WHAT = ("nothing", *SHAPES, *DIGITS, "word")
 CLASSES = (len(WHAT), len(COLOURS), *[len(LETTERS)] * 3)
+#: Of their losses: letters take longer than all else, and must not drown it.
 WEIGHTS = (1.0, 1.0, 1 / 3, 1 / 3, 1 / 3)
 HELD_OUT = 256
 
@@ -93,6 +94,6 @@ def pretrain_scene_tower(
     with torch.inference_mode():
         pixels, labels = draw_scenes(HELD_OUT, random.Random(f"tower held-out {seed}"))
         right = torch.stack([logits.argmax(-1) for logits in read(pixels)], -1) == labels
-    words = labels[..., 0] == WHAT.index("word")
-    found = {"things": right[..., 0], "colours": right[..., 1], "letters": right[words][:, 2:]}
-    return encoder, {name: float(share.float().mean()) for name, share in found.items()}
+    shares = {"things": right[..., 0], "colours": right[..., 1], "letters": right[..., 2:]}
+    there = {"things": labels[..., 0] > 0, "colours": labels[..., 1] != IGNORED, "letters": labels[..., 2:] != IGNORED}
+    return encoder, {name: float(share[there[name]].float().mean()) for name, share in shares.items()}

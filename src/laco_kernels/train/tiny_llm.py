@@ -77,7 +77,7 @@ def build_tiny_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def told(source: random.Random, tokenizer: PreTrainedTokenizerFast, questions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and labels of a conversation about a scene that is told."""
+    """Return token ids and labels ``[tokens]`` of a conversation about a scene that is told; labels are -100 but for answers."""
     scene = imagine(source, WORDS + NEW_WORDS)
     parts = [(f"{BEGIN}user\n{describe(scene)}\n", False)]
     for number, question in enumerate(ask_several(scene, source, questions)):
@@ -104,7 +104,16 @@ def pretrain_tiny_llm(
     on_step: Callable[[float], object] = lambda _: None,
     rate: float = LEARNING_RATE,
 ) -> Qwen2ForCausalLM:
-    """Pretrain an LLM."""
+    """Pretrain an LLM on the CPU, every step on new conversations, and return it frozen, in evaluation mode.
+
+    Args:
+        tokenizer: of :func:`train_tokenizer`.
+        steps: how many.
+        batch: conversations a step.
+        seed: of weights and conversations.
+        on_step: called before every step with how much is done.
+        rate: the learning rate.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_tiny_llm(tokenizer)
