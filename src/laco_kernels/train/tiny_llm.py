@@ -77,7 +77,7 @@ def build_tiny_llm(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def told(source: random.Random, tokenizer: PreTrainedTokenizerFast, questions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and labels ``[tokens]`` of a conversation about a scene that is told; labels are -100 but for answers."""
+    """Return token ids and labels ``[tokens]`` of a conversation about a told scene; labels are -100 but for the answers."""
     scene = imagine(source, WORDS + NEW_WORDS)
     parts = [(f"{BEGIN}user\n{describe(scene)}\n", False)]
     for number, question in enumerate(ask_several(scene, source, questions)):
