@@ -65,7 +65,7 @@ def test_a_run_by_hand(tower, arm):
 
 
 def by_hand(tower, arm):
-    encoder, reader, grid = tiny_tower.build_tiny_tower(), tiny_tower.DigitReader(64), (8, 8)
+    encoder, reader, grid = tiny_tower.build_tiny_tower(), tiny_tower.QuadrantReader(64), (8, 8)
     encoder.load_state_dict(tower.encoder.state_dict())
     reader.load_state_dict(tower.reader.state_dict())
     slow, new = list(encoder.parameters()), []

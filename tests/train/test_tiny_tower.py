@@ -42,7 +42,7 @@ def test_it_learns():
 
 
 def test_each_head_reads_the_mean_of_its_quadrant():
-    reader = tiny_tower.DigitReader(5)
+    reader = tiny_tower.QuadrantReader(5)
     tokens = torch.randn(2, 4 * 6, 5)
     logits = reader(tokens, (4, 6))
     image = tokens.view(2, 4, 6, 5)

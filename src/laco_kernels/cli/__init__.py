@@ -11,6 +11,7 @@ except ModuleNotFoundError as missing:
 from laco_kernels.cli import (  # noqa: F401 - register their commands
     chat,
     compressors,
+    demo,
     kept,
     llava,
     look,

@@ -27,7 +27,7 @@ import transformers
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
 from laco_kernels.train.study import Arm, Outcome, Settings, digest, fine_tune, one_thread
-from laco_kernels.train.tiny_tower import WIDTH, DigitReader, TinyTower, build_tiny_tower, pretrain_tiny_tower
+from laco_kernels.train.tiny_tower import WIDTH, QuadrantReader, TinyTower, build_tiny_tower, pretrain_tiny_tower
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +87,7 @@ def prepare_tower(
 
 def load_tower(path: Path) -> TinyTower:
     """Load a tower of :func:`prepare_tower`; RuntimeError where the file is damaged."""
-    encoder, reader = build_tiny_tower(), DigitReader(WIDTH)
+    encoder, reader = build_tiny_tower(), QuadrantReader(WIDTH)
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = file.metadata()

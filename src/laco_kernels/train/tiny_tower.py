@@ -27,16 +27,17 @@ QUIET = 0.4  # the share of the steps over which noise grows to its full strengt
 HELD_OUT, HELD_OUT_SEED = 256, 2**31  # pictures whose seed no training takes
 
 
-class DigitReader(nn.Module):
-    """Four linear heads, one a quadrant, each on the mean of its quadrant's tokens: ``[B, H * W, dim] -> [B, 4, 10]`` logits.
+class QuadrantReader(nn.Module):
+    """Four linear heads, one a quadrant, each on the mean of its quadrant's tokens: ``[B, H * W, dim] -> [B, 4, classes]``.
 
     Args:
         dim: width of the tokens.
+        classes: how many logits each head has.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, classes: int = CLASSES) -> None:
         super().__init__()
-        self.heads = nn.ModuleList([nn.Linear(dim, CLASSES) for _ in range(QUADRANTS)])
+        self.heads = nn.ModuleList([nn.Linear(dim, classes) for _ in range(QUADRANTS)])
 
     def forward(self, tokens: torch.Tensor, grid: Sequence[int] = GRID) -> torch.Tensor:
         """Read ``tokens [B, H * W, dim]`` of ``grid = (H, W)``, in raster order."""
@@ -50,23 +51,28 @@ class TinyTower:
     """A pretrained tower and what it can do."""
 
     encoder: SiglipVisionModel  # in evaluation mode, its parameters frozen
-    reader: DigitReader  # likewise
+    reader: QuadrantReader  # likewise
     accuracy: float  # share of the digits in held-out pictures that are read right
     steps: int
     seed: int
 
 
-def build_tiny_tower() -> SiglipVisionModel:
-    """Return an untrained SigLIP of 12 layers, 64 wide, on 8 x 8 patches of 32 x 32 pixels.
+def build_tiny_tower(side: int = SIDE, patch: int = PATCH, width: int = WIDTH, layers: int = LAYERS) -> SiglipVisionModel:
+    """Return an untrained SigLIP, unless told otherwise of 12 layers, 64 wide, on 8 x 8 patches of 32 x 32 pixels.
 
     With twelve layers the depths 1/12, 1/6, 1/4 and 1/2 are those behind layer 1, 2, 3 and 6.
+
+    Args:
+        side, patch: of the images and of their patches, in pixels.
+        width: of the tokens.
+        layers: how many.
     """
     config = SiglipVisionConfig(
-        image_size=SIDE,
-        patch_size=PATCH,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
+        image_size=side,
+        patch_size=patch,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         vision_use_head=False,
     )
@@ -97,23 +103,45 @@ def pretrain_tiny_tower(
     steps, batch, seed = integer("steps", steps, 1), integer("batch", batch, 1), integer("seed", seed, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder, reader = build_tiny_tower(), DigitReader(WIDTH)
-    parameters = [*encoder.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+        encoder, reader = build_tiny_tower(), QuadrantReader(WIDTH)
     pictures = torch.Generator().manual_seed(seed)
+
+    def loss(noise: float) -> torch.Tensor:
+        pixels, labels = draw_digits(batch, pictures, noise=noise * NOISE)
+        return F.cross_entropy(reader(encoder(pixels).last_hidden_state).flatten(0, 1), labels.flatten())
+
+    pretrain([encoder, reader], loss, steps, lambda done: on_step("pretraining a tiny tower", done))
+    return TinyTower(encoder, reader, accuracy(encoder, reader, held_out_digits()), steps, seed)
+
+
+def pretrain(
+    modules: Sequence[nn.Module],
+    loss: Callable[[float], torch.Tensor],
+    steps: int,
+    on_step: Callable[[float], object],
+    rate: float = LEARNING_RATE,
+) -> None:
+    """Train ``modules`` in place, and leave them frozen in evaluation mode: AdamW, warm-up, then a cosine to zero.
+
+    Args:
+        modules: what is trained.
+        loss: called at every step with the share of the noise there is to be, which grows to 1.
+        steps: how many.
+        on_step: called before every step with how much is done.
+        rate: the learning rate.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     for step in range(steps):
-        on_step("pretraining a tiny tower", step / steps)
-        noise = NOISE * min(1.0, (step + 1) / (QUIET * steps))
-        pixels, labels = draw_digits(batch, pictures, noise=noise)
-        loss = F.cross_entropy(reader(encoder(pixels).last_hidden_state).flatten(0, 1), labels.flatten())
+        on_step(step / steps)
+        value = loss(min(1.0, (step + 1) / (QUIET * steps)))
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         schedule.step()
-    encoder.eval().requires_grad_(False)
-    reader.eval().requires_grad_(False)
-    return TinyTower(encoder, reader, accuracy(encoder, reader, held_out_digits()), steps, seed)
+    for module in modules:
+        module.eval().requires_grad_(False)
 
 
 def held_out_digits(count: int = HELD_OUT) -> Digits:
@@ -122,7 +150,7 @@ def held_out_digits(count: int = HELD_OUT) -> Digits:
 
 
 @torch.inference_mode()
-def accuracy(encoder: nn.Module, reader: DigitReader, digits: Digits, grid: Sequence[int] = GRID) -> float:
+def accuracy(encoder: nn.Module, reader: QuadrantReader, digits: Digits, grid: Sequence[int] = GRID) -> float:
     """Return which share of the digits are read right from ``encoder``'s tokens, which lie in ``grid``."""
     parts = zip(digits.pixels.split(BATCH), digits.labels.split(BATCH), strict=True)
     right = [reader(encoder(pixels).last_hidden_state, grid).argmax(-1) == labels for pixels, labels in parts]
