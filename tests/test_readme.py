@@ -1,16 +1,22 @@
 """The README says nothing that is not so: its examples run, its numbers are those on record."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import typer
 
 import laco_kernels as lk
 from laco_kernels.bench import page
 from laco_kernels.bench.results import device_folders
+from laco_kernels.cli import app
 from laco_kernels.cli.publish import END, START
 from laco_kernels.nn import COMPRESSORS
+from laco_kernels.train.conversation import parse
+from laco_kernels.train.recipe import load_recipe, packaged
 from tests.hf.encoders import pixels, stock
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +66,42 @@ def test_the_multimodal_models_example_runs_as_written(tmp_path, monkeypatch, ca
     assert names["answer"].shape[1] <= names["inputs"]["input_ids"].shape[1] + 8
     assert lk.hf.check_processor(names["reloaded"], names["again"]).tokens == 196
     assert names["reloaded"].generate(**names["inputs"], max_new_tokens=8, do_sample=False).equal(names["answer"])
+
+
+COMMANDS = re.findall(r"^(?:torchrun .* -m laco_kernels.cli|laco) (.*?)(?:  +#.*)?$", README, re.MULTILINE)
+COMMANDS += re.findall(r"`laco ([a-z].*?)`", README)
+
+
+def test_every_command_is_one(monkeypatch, tmp_path):
+    assert len(COMMANDS) > 20
+    for line in COMMANDS:
+        command, words = typer.main.get_command(app), shlex.split(line.partition(" > ")[0])
+        context = typer.Context(command)
+        while hasattr(command, "commands"):
+            name, words = words[0], words[1:]
+            command = command.commands[name]
+            context = typer.Context(command, parent=context, info_name=name)
+        try:
+            command.parse_args(context, list(words))
+        except Exception as error:
+            if words:  # without arguments it is a command's name
+                raise AssertionError(line) from error
+    monkeypatch.chdir(tmp_path)
+    recipes = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("train laco-")]
+    for name, *rest in recipes:
+        assert name in packaged()
+        overrides = [rest[i + 1] for i, word in enumerate(rest) if word == "--set"]
+        if "data.path" in str(overrides):
+            load_recipe(name, overrides)
+    for text in re.findall(r"--set ('[^']*'|[a-z][\w.]*=\w+)`", README):
+        load_recipe("stf-finetune", ["data.path=data.json", *shlex.split(text)])
+
+
+def test_the_conversation_is_one():
+    (example,) = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
+    messages, images = parse(example)
+    assert images == ["kitchen.jpg"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
 
 
 def test_the_compressors_stand_where_the_table_says():
