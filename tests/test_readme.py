@@ -155,6 +155,25 @@ def test_the_compressors_rows_are_the_recorded_ones():
     assert re.search(r"^Measured on .*$", recorded, re.MULTILINE)[0] in section
 
 
+def test_the_study_found_what_the_readme_says():
+    content = json.loads((ROOT / "benchmarks/results/cpu-amd-epyc-2-threads/study-tiny-tower-ratio2.json").read_text())
+    short, long = (
+        {(row["compressor"], row["residual"], row["depth"]): 100 * row["after"][i]["mean"] for row in content["rows"]}
+        for i in range(2)
+    )
+    assert content["steps"] == [50, 400]
+    assert content["seeds"] == 3
+    laco = short["laco", "on", "1/4"]
+    others = [laco - read for (name, residual, _), read in short.items() if name not in ("laco", None) and residual != "on"]
+    assert [round(x) for x in (laco, laco - short["laco", "off", "1/4"], min(others), max(others))] == [51, 16, 21, 40]
+    for name in ("laco", "pixel_shuffle"):
+        assert round(long[name, "off", "1/4"] - long[name, "on", "1/4"]) == 5
+    for reads in (short, long):
+        for residual in ("on", "off"):
+            by_depth = [reads["laco", residual, depth] for depth in ("1/12", "1/6", "1/4", "1/2", "1")]
+            assert by_depth == sorted(by_depth)
+
+
 def test_the_performance_section_is_the_one_that_laco_report_writes():
     section = README.partition(f"{START}\n")[2].partition(f"\n{END}")[0]
     assert section == page.readme_section(device_folders(ROOT / "benchmarks" / "results")), "run `laco report --readme`"
