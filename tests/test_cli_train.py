@@ -90,7 +90,8 @@ def stf(place):
 def test_the_first_stage_trains_merge_and_projector_alone(place, stage1):
     done, folder = stage1
     text = " ".join(done.stdout.split())
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    lines = [line for line in done.stdout.splitlines() if str(place) not in line]  # which is as long as it is
+    assert max(map(len, lines)) <= 80
     assert re.search(r"encoder │ 63,776 │ frozen", text)
     assert re.search(r"merge │ 5,184 │ 5,184 │ 0\.001 │ 0 ", text)
     for fact in (

@@ -164,6 +164,9 @@ def main(folder):
         except Exception:
             failures[check.__name__] = traceback.format_exc()
     (folder / f"{RANK}.json").write_text(json.dumps(failures))
+    torch.distributed.barrier()  # leave together
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # everything is on record; the interpreter's own end is where gloo's threads can still abort a process
 
 
 if __name__ == "__main__":
