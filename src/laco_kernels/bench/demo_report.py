@@ -56,7 +56,7 @@ def findings(result: DemoResult) -> list[str]:
     beyond = "Above the majority answer by more than three standard deviations of guessing"
     lines = [f"{beyond}: {', '.join(above) or 'none'}. Not: {', '.join(others) or 'none'}."]
     seen = ", ".join(f"{name} {share:.0%}" for name, share in result.tower.items())
-    lines.append(f"What linear heads read right in the pretrained tower, before any merge: {seen}.")
+    lines.append(f"What a linear reader reads right in a token of the pretrained tower, before any merge: {seen}.")
     return lines
 
 

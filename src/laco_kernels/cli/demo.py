@@ -19,6 +19,7 @@ from laco_kernels.cli.common import (
     quiet_transformers,
     usage_errors,
 )
+from laco_kernels.cli.train import require_extra
 from laco_kernels.errors import complaint
 
 
@@ -50,10 +51,10 @@ def train_demo(
 ) -> None:
     """Train a tiny multimodal LLM in LaCo's stages on drawn pictures, and ask it held-out questions.
 
-    Ten minutes on two CPU cores. The model is OUT/stage2, with its recipes beside it.
+    Less than ten minutes on two CPU cores. The model is OUT/stage2, with its recipes beside it.
     """
     with usage_errors():
-        import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
+        require_extra("laco train-demo")
         from laco_kernels.bench import demo_report, report
         from laco_kernels.bench.environment import environment
         from laco_kernels.train.demo import Settings, run_demo

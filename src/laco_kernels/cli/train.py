@@ -28,7 +28,7 @@ def train(
     Several GPUs: torchrun --nproc-per-node 8 -m laco_kernels.cli train ...
     """
     with usage_errors():
-        _require_extra()
+        require_extra("laco train")
         from laco_kernels.train.recipe import load_recipe, packaged
 
         if names:
@@ -79,12 +79,13 @@ def train(
     out_console.print(f"The model and its processor are in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _require_extra() -> None:
+def require_extra(command: str) -> None:
+    """Raise ``ModuleNotFoundError``, saying what to install, where something that training needs is missing."""
     import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing
 
     for module, package in NEEDED.items():
         if importlib.util.find_spec(module) is None:
-            message = f"laco train needs {package}, which is not installed. Run: pip install 'laco_kernels[train]'"
+            message = f"{command} needs {package}, which is not installed. Run: pip install 'laco_kernels[train]'"
             raise ModuleNotFoundError(message)
 
 

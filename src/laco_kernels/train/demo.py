@@ -58,6 +58,9 @@ train:
   seed: {seed}
   log_every: 10
   save_every: 200
+trainer:
+  dataloader_num_workers: 1
+  dataloader_persistent_workers: true
 """
 
 STAGE2 = """\
@@ -69,10 +72,10 @@ data:
   path: ./task/train.json
 train:
   rates:
-    encoder: 3.0e-4
-    merge: 1.0e-3
-    projector: 1.0e-3
-    llm: 1.0e-3
+    encoder: 1.0e-3
+    merge: 2.0e-3
+    projector: 2.0e-3
+    llm: 2.0e-3
   batch_size: {batch}
   max_steps: {stage2_steps}
   warmup: 0.03
@@ -81,6 +84,9 @@ train:
   seed: {seed}
   log_every: 10
   save_every: 200
+trainer:
+  dataloader_num_workers: 1
+  dataloader_persistent_workers: true
 """
 
 
@@ -98,12 +104,12 @@ class Settings:
 
     samples: int = 4000
     held_out: int = 640
-    tower_steps: int = 2000
+    tower_steps: int = 1200
     tower_batch: int = 16
-    llm_steps: int = 500
-    llm_batch: int = 20
+    llm_steps: int = 800
+    llm_batch: int = 16
     stage1_steps: int = 200
-    stage2_steps: int = 1000
+    stage2_steps: int = 1200
     batch: int = 32
     seed: int = 0
 

@@ -74,10 +74,7 @@ def ask_several(scene: Scene, source: random.Random, count: int) -> list[Questio
 
 def describe(scene: Scene) -> str:
     """Say what a scene shows, place by place, for who cannot see it."""
-    return "\n".join(
-        f"{place}: {'nothing' if thing is None else f'{thing.colour} {thing.kind} {thing.name}'}"
-        for place, thing in zip(PLACES, scene, strict=True)
-    )
+    return "\n".join(f"{place}: {thing or 'nothing'}" for place, thing in zip(PLACES, scene, strict=True))
 
 
 def _count(things: Sequence[Thing], source: random.Random) -> Question:

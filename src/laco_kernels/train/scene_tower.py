@@ -1,6 +1,7 @@
 """A tower that knows scenes: :mod:`laco_kernels.train.tiny_tower` on the pictures of :mod:`laco_kernels.train.scenes`.
 
-Linear heads on its tokens learn what each quadrant shows, in which colour, and the letters of words.
+A linear reader learns to tell from every single token what the quadrant around it shows, in which colour, the letters of a
+word, and which quadrant it is: what an LLM that attends to a token is to find there.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from laco_kernels.train.conversation import IGNORED
-from laco_kernels.train.scenes import COLOURS, DIGITS, NOISE, SHAPES, SIDE, draw, imagine_much
-from laco_kernels.train.tiny_tower import QuadrantReader, build_tiny_tower, pretrain
+from laco_kernels.train.scenes import CELL, COLOURS, DIGITS, NOISE, PLACES, SHAPES, SIDE, draw, imagine_much
+from laco_kernels.train.tiny_tower import build_tiny_tower, pretrain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,26 +27,27 @@ if TYPE_CHECKING:
 
     from laco_kernels.train.scenes import Scene
 
-PATCH, WIDTH, LAYERS = 8, 64, 8
-GRID = (SIDE // PATCH, SIDE // PATCH)
+PATCH, WIDTH, LAYERS = 8, 96, 4
+#: The quadrant that each patch is in, row by row.
+QUADRANTS = [2 * (top // CELL) + left // CELL for top in range(0, SIDE, PATCH) for left in range(0, SIDE, PATCH)]
 LETTERS = string.ascii_uppercase
-#: What a quadrant shows, and the classes of each of its labels: that, its colour, and the three letters of a word.
+#: What a quadrant shows, and the classes of each of its labels: that, its colour, the two letters of a word, and its place.
 WHAT = ("nothing", *SHAPES, *DIGITS, "word")
-CLASSES = (len(WHAT), len(COLOURS), *[len(LETTERS)] * 3)
+CLASSES = (len(WHAT), len(COLOURS), len(LETTERS), len(LETTERS), len(PLACES))
 #: Of their losses: letters take longer than all else, and must not drown it.
-WEIGHTS = (1.0, 1.0, 1 / 3, 1 / 3, 1 / 3)
+WEIGHTS = (1.0, 1.0, 0.5, 0.5, 0.3)
 HELD_OUT = 256
 
 
 def labels_of(scene: Scene) -> list[list[int]]:
     """Return for every quadrant of a scene its class of each of :data:`CLASSES`, -100 where it has none."""
     rows = []
-    for thing in scene:
-        row = [0] + [IGNORED] * (len(CLASSES) - 1)
+    for place, thing in enumerate(scene):
+        row = [0, IGNORED, IGNORED, IGNORED, place]
         if thing is not None:
             is_word = thing.kind == "word"
             row[:2] = WHAT.index("word" if is_word else thing.name), list(COLOURS).index(thing.colour)
-            row[2:] = [LETTERS.index(letter) for letter in thing.name] if is_word else row[2:]
+            row[2:4] = [LETTERS.index(letter) for letter in thing.name] if is_word else row[2:4]
         rows.append(row)
     return rows
 
@@ -72,18 +75,19 @@ def pretrain_scene_tower(
         on_step: called before every step with how much is done.
 
     Returns:
-        The tower, frozen, in evaluation mode, and which shares of what is in new pictures its heads read right.
+        The tower, frozen, in evaluation mode, and which shares of what is in new pictures the reader reads right.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder, reader = build_tiny_tower(SIDE, PATCH, WIDTH, LAYERS), QuadrantReader(WIDTH, sum(CLASSES))
+        encoder, reader = build_tiny_tower(SIDE, PATCH, WIDTH, LAYERS), nn.Linear(WIDTH, sum(CLASSES))
     source = random.Random(f"tower {seed}")
 
     def read(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return reader(encoder(pixels).last_hidden_state, GRID).split(CLASSES, -1)
+        return reader(encoder(pixels).last_hidden_state).split(CLASSES, -1)
 
     def loss(noise: float) -> torch.Tensor:
         pixels, labels = draw_scenes(batch, source, noise * NOISE)
+        labels = labels[:, QUADRANTS]
         total = torch.zeros(())
         for weight, logits, expected in zip(WEIGHTS, read(pixels), labels.unbind(-1), strict=True):
             wrong = F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -93,7 +97,8 @@ def pretrain_scene_tower(
     pretrain([encoder, reader], loss, steps, on_step)
     with torch.inference_mode():
         pixels, labels = draw_scenes(HELD_OUT, random.Random(f"tower held-out {seed}"))
+        labels = labels[:, QUADRANTS]
         right = torch.stack([logits.argmax(-1) for logits in read(pixels)], -1) == labels
-    shares = {"things": right[..., 0], "colours": right[..., 1], "letters": right[..., 2:]}
-    there = {"things": labels[..., 0] > 0, "colours": labels[..., 1] != IGNORED, "letters": labels[..., 2:] != IGNORED}
+    shares = {"things": right[..., 0], "colours": right[..., 1], "letters": right[..., 2:4]}
+    there = {"things": labels[..., 0] > 0, "colours": labels[..., 1] != IGNORED, "letters": labels[..., 2:4] != IGNORED}
     return encoder, {name: float(share[there[name]].float().mean()) for name, share in shares.items()}

@@ -27,19 +27,17 @@ SHADE, GROUND = 20, 60
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 DIGITS = tuple("0123456789")
 WORDS = (
-    *("ANT", "BAT", "BEE", "BOX", "BUG", "BUS", "CAN", "CAP", "CAR", "CAT", "COW", "CUP", "DOG", "EAR", "EGG", "FAN", "FOX"),
-    *("HAT", "HEN", "HOT", "ICE", "JAM", "JAR", "KEY", "LEG", "LOG", "MAN", "MAP", "MUD", "NET", "NUT", "OIL", "OWL", "PAN"),
-    *("PEN", "PIG", "PIT", "POT", "RAT", "ROD", "RUG", "SEA", "SKY", "SUN", "TAP", "TEA", "TEN", "TOY", "TUB", "VAN", "WEB"),
-    *("WIG", "ZIP"),
+    *("AM", "AN", "AS", "AX", "BE", "BY", "DO", "GO", "HI", "IF", "IN", "IT", "ME", "NO", "OF", "OH", "OR", "OX", "PI", "SO"),
+    *("TO", "UP", "US", "WE", "YE"),
 )
 #: Words that no training picture shows: to read one is to read its letters, each of which other words have in its place.
-NEW_WORDS = ("BAG", "BED", "HUT", "PIN", "TOP")
+NEW_WORDS = ("AT", "HE", "IS", "MY", "ON")
 KINDS = {"shape": SHAPES, "digit": DIGITS, "word": WORDS}
 FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
-SHAPE_SIZES, DIGIT_POINTS, WORD_POINTS = (20, 26), (22, 25), (13, 14)
-PITCH = 10  # from letter to letter, whatever the font
-SHIFT = 2  # how far something is from the middle of its quadrant, at most
-NOISE = 16.0  # the largest standard deviation of the normal noise on values from 0 to 255
+SHAPE_SIZES, DIGIT_POINTS, WORD_POINTS = (23, 26), (24, 26), (19, 21)
+PITCH = 15  # from letter to letter, whatever the font
+SHIFT = 1  # how far something is from the middle of its quadrant, at most
+NOISE = 12.0  # the largest standard deviation of the normal noise on values from 0 to 255
 FINE = 4  # shapes are drawn this much larger and scaled down, for smooth edges
 
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 TRAIN, HELD_OUT = "train", "held_out"
 FORMATS = ("json", "jsonl")
-#: Questions in a training sample, at most; and of every so many held-out samples one has a question before its own.
-QUESTIONS, SEVERAL = 6, 4
+#: Questions in a training sample: one more costs little beside a picture.
+QUESTIONS = (4, 8)
+#: Of so many held-out samples one has a question before its own.
+SEVERAL = 4
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,15 @@ def write_task(
 
 
 def imagine_train(count: int, seed: int, shown: set[Scene]) -> Iterator[tuple[Scene, list[Question], random.Random]]:
-    """Yield scenes for training with one to six questions each, and what to draw them with; add them to ``shown``."""
+    """Yield scenes for training with their questions and what to draw them with; add them to ``shown``.
+
+    They have four to eight questions each, or fewer where there is little to ask about.
+    """
     for number in range(count):
         source = random.Random(f"{TRAIN} {seed} {number}")
         scene = imagine(source)
         shown.add(scene)
-        yield scene, ask_several(scene, source, source.randint(1, QUESTIONS)), source
+        yield scene, ask_several(scene, source, source.randint(*QUESTIONS)), source
 
 
 def imagine_held_out(count: int, seed: int, shown: set[Scene]) -> Iterator[tuple[Scene, list[Question], random.Random]]:
