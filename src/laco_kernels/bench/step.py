@@ -385,12 +385,12 @@ class _StageRun:
         return ticks
 
     def _paper(self, subject: str) -> float | None:
+        if (self.setting.encoder, self.setting.llm) != llava_cases.METHODS[self.setting.method]:
+            return None
         if self.setting.method == "laco":
-            is_theirs = self.stage == "stage2" and self.setting.encoder == llava_cases.METHODS["laco"][0]
-            return llava_cases.PAPER_STEP_RATIO.get(subject) if is_theirs else None
+            return llava_cases.PAPER_STEP_RATIO.get(subject) if self.stage == "stage2" else None
         steps = llava_cases.PAPER_STEP_S
-        is_theirs = self.stage == "finetune" and self.setting.llm == llava_cases.METHODS["stf"][1]
-        return steps[llava_cases.LLAVA] / steps[subject] if is_theirs else None
+        return steps[llava_cases.LLAVA] / steps[subject] if self.stage == "finetune" else None
 
 
 def _language(model: Any) -> Any:
