@@ -206,7 +206,10 @@ class Static:
                     work.capture(device, pool)
                 self.prefill()  # the step's warm-up went on behind an answer that was full
                 self.step.capture(device, pool)
-        self.held_bytes = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0
+        self.held_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free again is not held
+            self.held_bytes = torch.cuda.memory_reserved(device) - before
 
     def _vision(self) -> None:
         self.states = image_states(self.model, self.prompt.pixels)
