@@ -292,10 +292,14 @@ def read_prompt(language: Any, embeddings: torch.Tensor, cache: Cache) -> torch.
     a slower kernel and copies keys and values for every head that shares them.
     """
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    common = {"position_ids": positions, "position_embeddings": language.rotary_emb(embeddings, positions)}
-    for layer in language.layers:
-        embeddings = layer(embeddings, attention_mask=None, past_key_values=cache, use_cache=True, **common)
-    return cast("torch.Tensor", language.norm(embeddings[:, -1:]))
+    common: dict[str, Any] = {"position_ids": positions, "position_embeddings": language.rotary_emb(embeddings, positions)}
+    common |= {"attention_mask": None, "past_key_values": cache, "use_cache": True}
+    *layers, last = language.layers
+    for layer in layers:
+        embeddings = layer(embeddings, **common)
+    attended, _ = last.self_attn(hidden_states=last.input_layernorm(embeddings), **common)
+    hidden = (embeddings + attended)[:, -1:]  # nobody reads what the last layer would make of the others from here on
+    return cast("torch.Tensor", language.norm(hidden + last.mlp(last.post_attention_layernorm(hidden))))
 
 
 @contextlib.contextmanager

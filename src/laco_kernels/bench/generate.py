@@ -61,7 +61,7 @@ EXPLAINED = {
     "eager": "transformers' generate",
     "fused": "the same with the encoder optimised",
     "compile": "the same with encoder, norms and feed-forward blocks compiled",
-    "static": "a static cache and no wait within an answer",
+    "static": "a static cache, no wait within an answer, the LLM's last feed-forward block for a prompt's last token alone",
     "static+graphs": "the same with the step as a CUDA graph",
     "fused+graphs": "the encoder optimised, everything as CUDA graphs",
     "fused+compile+graphs": "the same with the LLM's norms and feed-forward blocks compiled",
