@@ -83,6 +83,23 @@ def test_weights_come_back_from_float64_where_a_pass_breaks(every):
     assert Eager(model, asked, NEW)().tokens.shape == (1, NEW)
 
 
+def test_a_captured_prompt_is_read_without_a_mask(every, monkeypatch):
+    """transformers asks whether a CUDA graph is captured, and then lays a mask over a prompt."""
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noting(query, key, value, attn_mask=None, **kwargs):
+        seen.append((attn_mask, kwargs["is_causal"], key.shape[1]))
+        return attend(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    static = Static(every["@1"], llava_cases.prompt(every["@1"], 2, 8), NEW)
+    seen.clear()
+    with torch.inference_mode():
+        static.prefill()
+    assert seen == [(None, True, 2)] * 2, "two layers, two heads of keys for four of queries"
+
+
 def test_captured_work_is_replayed_and_no_longer_carried_out():
     done = []
 

@@ -1,5 +1,6 @@
 """``laco bench generate``: parts that add up, a tick that can fail, tables that fit."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -9,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from laco_kernels.bench import generate, generate_report, llava_cases
+from laco_kernels.bench import generate, generate_report, llava_cases, step
 from laco_kernels.bench.decoding import Static
 
 CPU = torch.device("cpu")
@@ -80,6 +81,84 @@ def test_wrong_tokens_and_wrong_logits_are_seen(monkeypatch):
     rows = measured("stf").rows
     assert [row.correct for row in rows] == [True, False, True, False]
     assert all(row.error > row.error_budget for row in rows[1::2])
+
+
+@contextlib.contextmanager
+def turned_further(static):
+    """Let every token stand a place further than it does."""
+    rotary = static.model.model.language_model.rotary_emb
+    rotary.forward = lambda x, places, turn=rotary.forward: turn(x, places + 1)
+    yield
+    del rotary.forward
+
+
+class Misplaced(Static):
+    def _step(self):
+        with turned_further(self):
+            super()._step()
+
+
+class Gap(Static):
+    def _prefill(self):
+        super()._prefill()
+        for layer in self.cache.layers:
+            layer.cumulative_length.add_(1)
+
+
+class Overwriting(Static):
+    def _prefill(self):
+        super()._prefill()
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(1)
+
+
+class Staring(Static):
+    def _step(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("transformers.models.qwen2.modeling_qwen2.create_causal_mask", lambda **_: None)
+            super()._step()
+
+
+class Repeating(Static):
+    def _projector(self):
+        super()._projector()
+        self.features = self.features[:1].expand_as(self.features)
+
+
+class Miswriting(Static):
+    def _take(self, hidden):
+        super()._take(hidden)
+        self.made[:, -1] = 0
+
+
+MISTAKES = [Misplaced, Gap, Overwriting, Staring, Repeating, Miswriting]
+
+
+@pytest.mark.parametrize("mistaken", [Static, *MISTAKES])
+def test_in_bfloat16_every_mistake_is_seen(judged, mistaken):
+    model, asked, judge = judged
+    assert judge(mistaken(model, asked, 6))["correct"] == (mistaken is Static)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    setting = llava_cases.setting("laco", CPU, tiny=True)
+    (model,) = llava_cases.build(setting, ["@1/4"], CPU, torch.bfloat16).values()
+    asked = llava_cases.prompt(model, 3, 24)
+    return model, asked, generate._judge(model, asked, 6)
+
+
+@pytest.mark.parametrize("method", ["laco", "stf"])
+def test_the_papers_figures_stand_beside_their_models_alone(method):
+    theirs = llava_cases.setting(method, CPU)
+    subject = llava_cases.subjects(method, [Fraction(1, 4)])[1]
+    ratio = "paper_tps_ratio" if method == "laco" else "paper_ttft_ratio"
+    stage = {"laco": "stage2", "stf": "finetune"}[method]
+    other = "siglip-so400m-384" if method == "stf" else theirs.encoder
+    for setting, known in ((theirs, True), (dataclasses.replace(theirs, encoder=other, llm="llama-3.1-8b"), False)):
+        assert (generate._paper(setting, subject)[ratio] is not None) == known
+        run = step._StageRun(setting, stage, [subject], CPU, torch.float32, False)
+        assert (run._paper(subject) is not None) == known
 
 
 def test_what_does_not_fit_is_left_out_and_named(monkeypatch):

@@ -116,3 +116,11 @@ def test_modes_and_stages_that_there_are():
     assert "fused+graphs+head" not in step.modes_for(gpu, "laco", compiled=True), "its encoder is trained"
     every = {"head", *step.modes_for(gpu, "stf", compiled=True)}
     assert every == set(step.MODES) == set(step.EXPLAINED)
+
+
+def test_no_row_claims_a_graph_that_there_is_not():
+    setting = llava_cases.setting("stf", CPU, tiny=True)
+    asked = {"stages": ["pretrain"], "modes": ["eager", "fused+graphs+head"], "text_tokens": 8, "rounds": 1}
+    found = step.measure_step(setting, CPU, torch.float32, **asked)
+    assert {row.mode for row in found.rows} == {"eager"}
+    assert found.left_out["pretrain STF fused+graphs+head"] == "its encoder found no room for a CUDA graph"

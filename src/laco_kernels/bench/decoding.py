@@ -206,7 +206,10 @@ class Static:
                     work.capture(device, pool)
                 self.prefill()  # the step's warm-up went on behind an answer that was full
                 self.step.capture(device, pool)
-        self.held_bytes = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0
+        self.held_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free again is not held
+            self.held_bytes = torch.cuda.memory_reserved(device) - before
 
     def _vision(self) -> None:
         self.states = image_states(self.model, self.prompt.pixels)
@@ -218,17 +221,15 @@ class Static:
         embeddings = self.model.get_input_embeddings()(self.prompt.ids)
         embeddings[:, self.image] = self.features
         self.count.zero_()
-        self._take(self._language(embeddings, self.reading))
+        self._take(read_prompt(self.model.model.language_model, embeddings, self.reading))
 
     def _step(self) -> None:
-        self._take(self._language(self.model.get_input_embeddings()(self.token), self.cache))
-
-    def _language(self, embeddings: torch.Tensor, cache: Cache) -> torch.Tensor:
         language: Any = self.model.model.language_model
-        hidden = language(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
-        return cast("torch.Tensor", self.model.lm_head(hidden[:, -1:]))
+        embeddings = self.model.get_input_embeddings()(self.token)
+        self._take(language(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True).last_hidden_state)
 
-    def _take(self, logits: torch.Tensor) -> None:
+    def _take(self, hidden: torch.Tensor) -> None:
+        logits = self.model.lm_head(hidden)
         self.last_logits.copy_(logits)
         self.token.copy_(logits.argmax(-1))
         self.made.index_copy_(1, self.count.remainder(self.new_tokens), self.token)  # warm-ups count on
@@ -282,6 +283,23 @@ def project(model: LlavaForConditionalGeneration, states: list[torch.Tensor], pi
         _, grid = patches_at(vision, merges, height, width, state_number(vision, layer))
         return cast("torch.Tensor", projector(states, grid))
     return cast("torch.Tensor", projector(states[0][:, prefix_tokens_of(vision) :]))
+
+
+def read_prompt(language: Any, embeddings: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Return what an LLM makes of the last token ``[batch, 1, D]`` of a prompt ``[batch, tokens, D]`` of which none is padding.
+
+    Its own forward pass lays a mask over the prompt where a CUDA graph is captured, and only there; with it attention takes
+    a slower kernel and copies keys and values for every head that shares them.
+    """
+    positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    common: dict[str, Any] = {"position_ids": positions, "position_embeddings": language.rotary_emb(embeddings, positions)}
+    common |= {"attention_mask": None, "past_key_values": cache, "use_cache": True}
+    *layers, last = language.layers
+    for layer in layers:
+        embeddings = layer(embeddings, **common)
+    attended, _ = last.self_attn(hidden_states=last.input_layernorm(embeddings), **common)
+    hidden = (embeddings + attended)[:, -1:]  # nobody reads what the last layer would make of the others from here on
+    return cast("torch.Tensor", language.norm(hidden + last.mlp(last.post_attention_layernorm(hidden))))
 
 
 @contextlib.contextmanager

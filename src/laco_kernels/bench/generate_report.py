@@ -42,8 +42,9 @@ def legend(result: GenerateResult) -> str:
         "TTFT: from prompt and image to the first token, median (p20-p80) in ms, and its parts: vision encoder, projector, the "
         "LLM's prefill with all else. TPS: new tokens of all rows a second of the whole answer; TPOT: ms a token behind the "
         f"first. Ratio: to {first}, paired by round; above 1 is faster; paper: the same from LaCo's or STF's tables. Same: "
-        "tokens that are those of eager. MiB: peak beyond the weights. ok: logits against float64 err at most twice as much as "
-        "eager's" + (", and the tokens are eager's." if result.dtype == "float32" else "."),
+        "tokens that are those of eager. MiB: peak beyond the weights. ok: logits of the first and last row against float64 "
+        "err at most twice as much as eager's, and every token is "
+        + ("eager's." if result.dtype == "float32" else "the one that logits choose."),
         " ".join(f"{mode}: {EXPLAINED[mode]}." for mode in result.modes),
     ]
     if result.reduced:
