@@ -116,6 +116,16 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(folder, photos, model, 
     assert done.stdout == ""
 
 
+def test_an_image_token_in_the_question_and_an_adapter_are_refused(folder, tmp_path):
+    done = chat(folder, folder / "a.png", "What is <image>?")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "question: got 'What is <image>?', expected a text without <image>" in done.stderr
+    (tmp_path / "adapter_config.json").write_text("{}")
+    done = chat(folder, folder / "a.png", "What?", model=tmp_path)
+    assert done.exit_code == 2
+    assert "which is an adapter, expected a whole model. Merge it" in done.stderr
+
+
 def test_no_question_and_no_network(folder, monkeypatch):
     done = chat(folder, folder / "a.png", " ")
     assert (done.exit_code, done.stdout) == (2, "")

@@ -152,8 +152,7 @@ def test_resuming_ends_where_an_uninterrupted_run_does(place, stage1, tmp_path):
     (tmp_path / "out" / "checkpoint-4" / "manifest.json").unlink()
     done = laco(*again, "--resume", "--set", "train.keep=1")
     assert done.exit_code == 0, done.output
-    assert "step 3 of 4" in done.stderr
-    assert "step 2 of 4" not in done.stderr
+    assert "going on after step 2\nstep 3 of 4" in done.stderr
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "out").items())
     copy = laco("train", tmp_path / "out" / "recipe.yaml", "--resume", "--dry-run")
     assert copy.exit_code == 0, copy.output
@@ -202,8 +201,22 @@ def test_a_dry_run_writes_nothing_and_knows_the_steps(place, stage1, tmp_path):
     assert "steps 9, 0 of them" in text
     assert "data.json: 5 of 10 (first:5) data.json: 5 of 10 (end:50%)" in text
     assert list(tmp_path.iterdir()) == []
-    assert laco("train", "laco-stage1", *changes, "--resume").exit_code == 0, "where nothing is, it begins"
+    begun = laco("train", "laco-stage1", *changes, "--resume")
+    assert begun.exit_code == 0, "where nothing is, it begins"
+    assert "going on at the beginning, as there is no checkpoint" in begun.stderr
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 9
+
+
+def test_what_only_decoding_shows_is_told_and_steps_are_known_where_batches_are_dropped(place, tmp_path):
+    (place / "cut.png").write_bytes((place / "a.png").read_bytes()[:-40])
+    samples = [sample("ab"[i % 2] + ".png") for i in range(8)] + [sample("cut.png") | {"id": "cut"}]
+    (place / "cut.json").write_text(json.dumps(samples))
+    changes = {"data__path": place / "cut.json", "train__epochs": 3, "trainer": "{dataloader_drop_last: true}"}
+    done = laco("train", "laco-stage1", *options(place, tmp_path / "out", **parts(place), **changes))
+    assert done.exit_code == 0, done.output
+    assert re.search(r"steps +6, 0 of them", done.stdout)
+    assert "step 6 of 6" in done.stderr
+    assert "1 of 9 samples left out: 1 damaged image (cut)" in done.stdout
 
 
 def test_recipes_are_listed_and_shown():
@@ -237,6 +250,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_nothing_else(place, tmp_path)
         ({"data__max_length": 3}, "too long"),
         ({"data__max_length": 3, "data__cap": 1.0}, "with no sample to train on"),
         ({"data__path": "nowhere.json"}, "nowhere.json"),
+        ({"train__report_to": "[clearml]"}, "train.report_to: got clearml, expected a tracker that is installed"),
+        (
+            {"trainer": "{dataloader_drop_last: true}", "train__batch_size": 20, "train__per_device_batch_size": 10},
+            "data.path: got 9 samples, expected 10 or more, for one batch",
+        ),
         ({"model__text": "no/such-llm"}, "text: got 'no/such-llm'"),
         (
             {"train__rates__encoder": 1e-5, "model__depth": "null", "model__compressor": "null", "model__ratio": "null"},

@@ -116,6 +116,7 @@ def test_images_stay_where_they_stand():
     image = {"type": "image"}
     assert content == [{"type": "text", "text": "Compare "}, image, {"type": "text", "text": " and\n"}, image]
     assert parse(sample(name=None, question="Hello?"))[1] == []
+    assert parse(sample(video=None))[1] == ["a.png"], "as a table of samples writes what is not there"
 
 
 BAD_RECORDS = {
@@ -137,6 +138,8 @@ BAD_RECORDS = {
     "too few images": (sample(question="<image><image>"), Cause.PLACEHOLDERS),
     "a placeholder in an answer": (sample(answer="See <image>"), Cause.PLACEHOLDERS),
     "a video": (sample(video="a.mp4"), Cause.MALFORMED),
+    "a speaker that is none": ({"conversations": [{"from": ["human"], "value": "x"}]}, Cause.MALFORMED),
+    "half a character": (sample(answer="A red square \ud83d"), Cause.MALFORMED),
     "two keys": (sample(images=["b.png"]), Cause.MALFORMED),
     "no name": (sample(image=[3]), Cause.MALFORMED),
 }

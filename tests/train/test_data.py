@@ -82,7 +82,8 @@ def make_files(folder):
 def test_every_broken_image_is_counted_by_cause_and_the_others_are_read(tmp_path, processor):
     good, bad = make_files(tmp_path)
     everything = dataset(tmp_path, [sample(name) for name in [*good, *bad]], processor)
-    loaded = {everything.id_of(index): everything[index] for index in range(len(everything))}
+    names = [*good, *bad]
+    loaded = {name: everything[index] for index, name in enumerate(names)}
     assert all(isinstance(loaded[name], Sample) and loaded[name].pixel_values.shape == (1, 3, 56, 56) for name in good)
     found = {name: item.cause for name, item in loaded.items() if isinstance(item, Skipped)}
     assert found == {name: cause for name, (cause, _) in bad.items()}
@@ -90,7 +91,7 @@ def test_every_broken_image_is_counted_by_cause_and_the_others_are_read(tmp_path
     assert red[0] > red[1] + 1
 
     seen = inspect(everything, cap=1.0)
-    assert {sample.id: sample.cause for sample in seen.tally.skipped.values()} == {
+    assert {names[sample.index]: sample.cause for sample in seen.tally.skipped.values()} == {
         name: cause for name, (cause, shown) in bad.items() if shown
     }
     assert seen.converted == {"CMYK": 1, "P": 2, "I;16": 1, "RGBA": 1, "L": 1, "1": 1}
@@ -102,6 +103,12 @@ def test_every_broken_image_is_counted_by_cause_and_the_others_are_read(tmp_path
     late = [item for item in (seen.dataset[place] for place in range(len(seen.dataset))) if isinstance(item, Skipped)]
     assert [(item.id, item.cause) for item in late] == [("cut.jpg", Cause.DAMAGED), ("torn.png", Cause.DAMAGED)]
     assert "damaged or unreadable" in late[0].detail
+
+
+def test_an_id_can_be_printed(tmp_path, processor):
+    samples = [sample() | {"id": "zwei Löwen"}, sample() | {"id": "\x1b[2J\ud800\n"}]
+    made = dataset(tmp_path, samples, processor)
+    assert [made.id_of(index) for index in range(2)] == ["zwei Löwen", r"\x1b[2J\ud800\n"]
 
 
 def test_too_many_stop_the_run(tmp_path, processor):

@@ -31,6 +31,17 @@ def test_a_result_takes_the_place_of_an_earlier_one_with_its_config_last(tmp_pat
     assert order[-1] == "config.json"
 
 
+def test_nothing_of_an_earlier_result_is_read_beside_a_later_one(tmp_path):
+    """An adapter that was merged later, or weights in fewer files."""
+    adapter = {"adapter_config.json": "{}", "adapter_model.safetensors": "old"}
+    sharded = {"model-00001-of-00001.safetensors": "old", "model.safetensors.index.json": "{}"}
+    mine = {"notes.txt": "mine", "checkpoint-1/adapter_config.json": "kept", "metrics.jsonl": "kept"}
+    fill(tmp_path, adapter | sharded | mine)
+    new = {"config.json": "new", "model.safetensors": "new", "adapter/adapter_config.json": "new"}
+    write_result(tmp_path, lambda part: fill(part, new))
+    assert files(tmp_path) == new | mine
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -15,6 +15,7 @@ import laco_kernels as lk
 from laco_kernels.train import trainer as engine
 from laco_kernels.train.checkpoint import CheckpointError, DamagedCheckpointError, latest, verify
 from laco_kernels.train.parts import parts_of
+from laco_kernels.train.resuming import save_state
 
 from ..hf.llava import llm
 from .runs import RATES, StopAt, StopError, assert_equal, data, model, poison, raises, state_of, trainer
@@ -158,7 +159,8 @@ CHANGES = {
     "seed 7": {"data_seed": 7},
     "min_lr 0.0": {"run": {}},
     "weight decay 0.0": {"weight_decay": 0.0},
-    "optimizer OptimizerNames.SGD": {"optim": "sgd"},
+    "optimizer sgd, betas": {"optim": "sgd"},
+    "optimizer adamw_torch_fused, betas 0.5 and 0.999, epsilon 1e-08": {"adam_beta1": 0.5},
 }
 
 
@@ -169,7 +171,7 @@ def test_another_run_is_refused_naming_the_difference(words, done):
     options = {"warmup_steps": 2, "run": {"min_lr": 1e-4}} | CHANGES[words]
     run = trainer(folder, **options)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    raises(ValueError, lambda: run.train(resume_from_checkpoint=True), f"resume_from_checkpoint: got {words}, expected")
+    raises(ValueError, lambda: run.train(resume_from_checkpoint=True), f"resume_from_checkpoint: got {words}", ", expected ")
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
 
@@ -202,6 +204,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
     run.train(resume_from_checkpoint=True)
     assert "Passed over" in caplog.text
     assert [line["step"] for line in run.metrics.read()] == list(range(1, 7))
+
+
+def test_a_run_that_has_come_to_its_end_takes_no_step_more(tmp_path):
+    """Also in the middle of an epoch: it may be killed after its last checkpoint and before its result is written."""
+    options = {"max_steps": 5, "run": {"min_lr": 1e-4}}
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    before = state_of(whole)
+    again = trainer(tmp_path, **options)
+    output = again.train(resume_from_checkpoint=True)
+    assert_equal(before, state_of(again))
+    assert (output.global_step, output.training_loss) == (5, whole._mean_loss())
+    assert latest(tmp_path / "out").name == "checkpoint-5"
+
+
+def test_what_torch_writes_says_that_the_disk_is_full(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            save_state({"state": torch.zeros(10_000)}, tmp_path / "optimizer.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
 
 
 def test_there_is_nothing_to_resume_from(tmp_path):
@@ -266,9 +292,19 @@ def test_what_loading_leaves_out_is_counted_and_resumed(tmp_path):
     assert again.inspection.tally.state_dict() == whole.inspection.tally.state_dict()
 
 
-@pytest.mark.parametrize("name", ["auto_find_batch_size", "ignore_data_skip", "save_only_model"])
+BREAKING = {
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "ignore_data_skip": {"ignore_data_skip": True},
+    "save_only_model": {"save_only_model": True},
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},
+    "split_batches": {"accelerator_config": {"split_batches": True}},
+    "even_batches=False": {"accelerator_config": {"even_batches": False}},
+}
+
+
+@pytest.mark.parametrize("name", BREAKING)
 def test_arguments_that_would_break_a_promise(name, tmp_path):
-    raises(ValueError, lambda: trainer(tmp_path, **{name: True}), f"args: got {name}, expected training that can be resumed")
+    raises(ValueError, lambda: trainer(tmp_path, **BREAKING[name]), f"args: got {name}, expected training that can be resumed")
 
 
 def test_rates_that_do_not_fit_are_refused_at_once(tmp_path):

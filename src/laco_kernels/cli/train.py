@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Annotated
 
 import torch
@@ -51,6 +52,8 @@ def train(
 
         for console in (out_console, err_console):
             console.quiet = not run.is_main()
+        if not run.is_main():
+            logging.getLogger("laco_kernels").setLevel(logging.CRITICAL)  # what the main process says, too
         with progress_bar() as step:
             prepared = run.prepare(loaded, resume, step)
     train_view.show(prepared)
@@ -62,7 +65,7 @@ def train(
     from laco_kernels.train.skipping import TooManySkippedError
 
     try:
-        with train_view.progress(prepared.plan.steps) as callback:
+        with train_view.progress(prepared.plan.steps, resume) as callback:
             folder = run.execute(prepared, resume, [callback])
     except (NonFiniteError, TooManySkippedError) as error:
         complain(str(error))
@@ -76,6 +79,7 @@ def train(
             raise
     if torch.distributed.is_initialized():  # not after an error, where it would wait for the others
         torch.distributed.destroy_process_group()
+    train_view.show_left_out(prepared)
     out_console.print(f"The model and its processor are in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 

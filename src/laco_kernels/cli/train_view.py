@@ -71,9 +71,15 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 class _Follow(TrainerCallback):
     """Moves the bar; where there is no terminal, prints a line for each logged step."""
 
-    def __init__(self, bar: Progress, steps: int) -> None:
-        self.bar = bar
+    def __init__(self, bar: Progress, steps: int, resume: bool) -> None:
+        self.bar, self.resume = bar, resume
         self.task = bar.add_task("training", total=steps)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.resume:
+            where = f"after step {state.global_step}" if state.global_step else "at the beginning, as there is no checkpoint"
+            err_console.print(f"going on {where}", highlight=False)
+        self.bar.update(self.task, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
@@ -88,9 +94,16 @@ class _Follow(TrainerCallback):
 
 
 @contextlib.contextmanager
-def progress(steps: int) -> Iterator[TrainerCallback]:
+def progress(steps: int, resume: bool) -> Iterator[TrainerCallback]:
     """Show a bar on a terminal's standard error while training, and lines elsewhere; yields what the Trainer tells of it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = err_console.quiet or not err_console.is_terminal
     with Progress(*columns, console=err_console, disable=quiet) as bar:
-        yield _Follow(bar, steps)
+        yield _Follow(bar, steps, resume)
+
+
+def show_left_out(run: Run) -> None:
+    """Print what was left out, where that is more than was known before the first step."""
+    found = run.inspection.tally
+    if len(found.skipped) > found.samples - len(run.inspection.dataset):
+        out_console.print(str(found), markup=False, highlight=False)

@@ -49,6 +49,9 @@ def load_pair(
         ValueError: weights are missing, or model and processor do not fit each other.
         RuntimeError: the checkpoint cannot be read.
     """
+    if (Path(source) / "adapter_config.json").exists():
+        given, remedy = f"{source!r}, which is an adapter", "Merge it into its model and save that with its processor"
+        raise ValueError(complaint(argument, given, "a whole model", remedy))
     config = read_config(argument, source)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         remedy = "Pass a model that was saved with its processor, such as laco train leaves"
@@ -111,7 +114,13 @@ def answer(
         max_new_tokens: at most so many.
         temperature: of sampling; 0 takes the likeliest token every time.
         tell: called with every piece of the text as it is written.
+
+    Raises:
+        ValueError: ``question`` has the image token in it.
     """
+    if processor.image_token in question:
+        remedy = "Leave it out: the images stand in front of the question"
+        raise ValueError(complaint("question", repr(question), f"a text without {processor.image_token}", remedy))
     inputs = prepare(processor, [[user_message(images, question)]], model.device, model.dtype)
     streamer = _Streamer(processor.tokenizer, tell)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

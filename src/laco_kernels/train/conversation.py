@@ -42,9 +42,14 @@ def parse(record: Any) -> tuple[list[dict[str, Any]], list[str]]:
     placeholders = 0
     for number, turn in enumerate(turns):
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker not in ROLES or not isinstance(value, str):
+        if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(value, str):
             raise BadSampleError(Cause.MALFORMED, f"turn {number} without 'from' human or gpt, or without text as 'value'")
         role = ROLES[speaker]
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # which no tokenizer takes
+            detail = f"turn {number} with half a character, as of a text that was cut"
+            raise BadSampleError(Cause.MALFORMED, detail) from error
         if not value.strip():
             raise BadSampleError(Cause.EMPTY, f"turn {number} is empty")
         if PLACEHOLDER in value and role != "user":
@@ -113,8 +118,9 @@ def encode(processor: LlavaProcessor, messages: list[dict[str, Any]], tokens: in
 
 def _images(record: dict[str, Any]) -> list[str]:
     found = [record[key] for key in ("image", "images") if record.get(key)]
-    if "video" in record or len(found) > 1:
-        detail = "a video; pass its frames as images" if "video" in record else "both 'image' and 'images'"
+    video = record.get("video")
+    if video or len(found) > 1:
+        detail = "a video; pass its frames as images" if video else "both 'image' and 'images'"
         raise BadSampleError(Cause.MALFORMED, detail)
     images = found[0] if found else []
     images = [images] if isinstance(images, str) else images

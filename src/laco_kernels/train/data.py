@@ -141,7 +141,9 @@ class ConversationDataset(Dataset[Sample | Skipped]):
         """Return a record's id, or its file and position where it has none."""
         source, position, record = self.records[index]
         own = record.get("id") if isinstance(record, dict) else None
-        return f"{source.path.name}#{position}" if own is None else str(own)
+        name = f"{source.path.name}#{position}" if own is None else str(own)
+        # It is printed, and is not to command a terminal.
+        return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
 
     def only(self, indices: Sequence[int]) -> ConversationDataset:
         """Return a dataset of these records."""

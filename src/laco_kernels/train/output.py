@@ -23,6 +23,8 @@ RECORD = "recipe.yaml"
 PART = "result.part"
 #: What makes a folder a model or an adapter for ``from_pretrained``: it comes last.
 LAST = ("config.json", "adapter_config.json")
+#: What an earlier result may have that a later one has not, as another number of weight files, and would be read beside it.
+STALE = ("adapter_config.json", "adapter_model*", "config.json", "model*.safetensors", "model.safetensors.index.json")
 #: What may change when a run goes on: what is said and kept, and how it is computed, where that is the Trainer's to know.
 CHANGEABLE = (
     "train.gradient_checkpointing",
@@ -77,6 +79,8 @@ def claim(recipe: Recipe) -> None:
 def write_result(folder: Path, write: Callable[[Path], None]) -> None:
     """Have a result written beside its place, bring it to the disk, and move it into ``folder``, what names it last.
 
+    Of an earlier result there, nothing stays that would be read beside this one.
+
     Whatever stops a process before that, an earlier result is as it was.
 
     Args:
@@ -99,6 +103,9 @@ def write_result(folder: Path, write: Callable[[Path], None]) -> None:
         if isinstance(error, OSError) or os.strerror(errno.ENOSPC) not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error  # safetensors has an error of its own
+    new = {file.name for file in part.iterdir()}
+    for file in [file for pattern in STALE for file in folder.glob(pattern) if file.name not in new]:
+        file.unlink()
     for file in sorted(part.iterdir(), key=lambda file: file.name in LAST):
         target = folder / file.name
         if target.is_dir():

@@ -116,6 +116,19 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 
+def save_state(value: Any, file: Path) -> None:
+    """Write what ``torch.load(weights_only=True)`` reads.
+
+    Raises:
+        OSError: a full disk, say, which torch itself tells as an unexpected position in a file.
+    """
+    with file.open("wb") as stream:
+        try:
+            torch.save(value, stream)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
 def save_model(model: Any, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write a model as ``from_pretrained`` reads it; where that is only adapters, also all that is trained.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from laco_kernels.errors import complaint
 from laco_kernels.hf import check_processor
@@ -178,6 +179,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         if name not in known:
             expected, remedy = "an argument of transformers.TrainingArguments", "Correct or remove it"
             raise ValueError(complaint(f"trainer.{name}", "an unknown key", expected, remedy))
+    if missing := [name for name in train.report_to if name not in (*get_available_reporting_integrations(), "all", "none")]:
+        remedy = "Install it, or drop it: metrics.jsonl is written in any case"
+        raise ValueError(complaint("train.report_to", ", ".join(missing), "a tracker that is installed", remedy))
     on_cpu = not torch.cuda.is_available()
     own: dict[str, Any] = {
         "output_dir": str(recipe.output),
@@ -250,10 +254,14 @@ def _divide(train: TrainRecipe) -> tuple[int, int]:
 
 def _steps(train: TrainRecipe, samples: int, args: TrainingArguments) -> int:
     """Return how many optimiser steps the Trainer takes: of each epoch's last batches it makes a step, too."""
+    at_once, together = args.per_device_train_batch_size, args.per_device_train_batch_size * devices()
+    if args.dataloader_drop_last and samples < together:
+        remedy = "Drop trainer.dataloader_drop_last, or lower the batch size"
+        raise ValueError(complaint("data.path", f"{samples} samples", f"{together} or more, for one batch", remedy))
     if train.max_steps is not None:
         return train.max_steps
-    batches = math.ceil(math.ceil(samples / args.per_device_train_batch_size) / devices())
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    batches = samples // together if args.dataloader_drop_last else math.ceil(math.ceil(samples / at_once) / devices())
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def _part_plans(model: Any, recipe: Recipe) -> list[PartPlan]:

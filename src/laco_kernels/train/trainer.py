@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, br
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
@@ -42,6 +43,7 @@ from laco_kernels.train.resuming import (
     random_file,
     random_state,
     save_model,
+    save_state,
     set_random_state,
     whole,
 )
@@ -178,6 +180,13 @@ class LacoTrainer(Trainer):
         return batches, count if count is None else torch.as_tensor(count).clamp(min=1)
 
     # A step.
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Run an epoch; of one in which a run had come to its end before it was resumed, the Trainer would take a step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute the gradients of a batch."""
@@ -317,7 +326,7 @@ class LacoTrainer(Trainer):
             "min_lr": self.min_lr,
             "weight decay": self.args.weight_decay,
             "parameters": groups,
-            "optimizer": str(self.args.optim),
+            "optimizer": _optimizer(self.args),
         }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -349,14 +358,14 @@ class LacoTrainer(Trainer):
         else:
             weights = model_state(self._unwrapped(), keep)
             optimizer = optimizer_state(self._unwrapped(), _inner(self.optimizer), keep)
-        torch.save(random_state(self.args.device), part / random_file(self.args.process_index))
+        save_state(random_state(self.args.device), part / random_file(self.args.process_index))
         if not keep:
             return
         save_model(self._unwrapped(), part, weights)
         self.processing_class.save_pretrained(part)
         if optimizer is not None:
-            torch.save(optimizer, part / OPTIMIZER)
-        torch.save(self.lr_scheduler.state_dict(), part / SCHEDULER)
+            save_state(optimizer, part / OPTIMIZER)
+        save_state(self.lr_scheduler.state_dict(), part / SCHEDULER)
         self.state.save_to_json(part / TRAINER_STATE_NAME)
         run = {"run": self._run, "ledger": self.ledger.state_dict(), "tally": self.inspection.tally.state_dict()}
         (part / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
@@ -434,6 +443,13 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _optimizer(args: TrainingArguments) -> str:
+    """Say which optimiser it is, with what a checkpoint of its state would otherwise overrule without a word."""
+    more = f", {args.optim_args}" if args.optim_args else ""
+    name = OptimizerNames(args.optim).value
+    return f"{name}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon {args.adam_epsilon:g}{more}"
+
+
 def _layers(model: nn.Module) -> list[str]:
     """Return the classes of the layers that FSDP gathers one by one."""
     wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
@@ -466,7 +482,13 @@ def _check_arguments(args: TrainingArguments, non_finite_budget: int) -> None:
         "push_to_hub": (args.push_to_hub, "Drop it, and push the model when it is trained"),
         "non_finite_budget with DeepSpeed": (args.deepspeed and non_finite_budget, "Pass 0: it takes steps by itself"),
         "load_best_model_at_end": (args.load_best_model_at_end, "Drop it"),
+        "label_smoothing_factor": (args.label_smoothing_factor, "Drop it: the Trainer would compare tokens with themselves"),
         "dispatch_batches": (args.accelerator_config.dispatch_batches, "Drop it: each process counts what it leaves out"),
+        "split_batches": (
+            args.accelerator_config.split_batches,
+            "Drop it: a batch would be as small as the processes are many",
+        ),
+        "even_batches=False": (not args.accelerator_config.even_batches, "Drop it: processes would wait for each other"),
         "fsdp_config": (args.fsdp_plugin_args and args.fsdp_plugin_args["fsdp_version"] == 1, "Set version to 2"),
         "several GPUs in one process": (args.n_gpu > 1, "Start with torchrun, or choose one with CUDA_VISIBLE_DEVICES"),
     }
