@@ -138,6 +138,15 @@ def fsdp_trains_adapters_and_recomputes(folder):
     common(folder, "lora again", made=adapted(), **options).train(resume_from_checkpoint=path)
 
 
+def fsdp_in_bfloat16_rounds_no_losses(folder):
+    options = {"batch": 1, "bf16": True, "max_steps": 1, "gradient_accumulation_steps": 4}
+    runs = [common(folder, f"bfloat16 {more}", made=model(), **options, **more) for more in ({}, SHARDED)]
+    for run in runs:
+        run.train()
+    loss, sharded = (run.ledger.loss for run in runs)
+    assert abs(loss - sharded) < 1e-4 * loss, (loss, sharded)
+
+
 CHECKS = [
     ddp,
     ddp_resumes,
@@ -151,6 +160,7 @@ CHECKS = [
     fsdp_resumes,
     fsdp_stops_where_a_loss_is_no_number,
     fsdp_trains_adapters_and_recomputes,
+    fsdp_in_bfloat16_rounds_no_losses,
 ]
 
 

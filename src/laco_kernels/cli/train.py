@@ -74,7 +74,7 @@ def train(
         remedy = "Lower train.per_device_batch_size, or set train.gradient_checkpointing to true"
         complain(complaint("memory", str(error).splitlines()[0], "a model and a batch that fit the GPU", remedy))
         raise typer.Exit(1) from None
-    except (CheckpointError, DamagedCheckpointError, OSError, ValueError):
+    except (CheckpointError, DamagedCheckpointError, OSError, ValueError, ImportError):
         with usage_errors():
             raise
     if torch.distributed.is_initialized():  # not after an error, where it would wait for the others

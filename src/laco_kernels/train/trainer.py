@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -139,9 +140,11 @@ class LacoTrainer(Trainer):
             # Accelerate drops FSDP on CPUs without a word, although all that it does works there.
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            if state.mixed_precision != "no":
-                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
             self.is_fsdp_enabled = True
+        if self.args.fsdp and state.mixed_precision == "bf16":
+            # Accelerate would round losses to three digits, and add gradients up in bfloat16, unlike under DDP.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            state.fsdp_plugin.mixed_precision_policy = policy
 
     # What is trained, and at which rate.
 
@@ -447,7 +450,7 @@ def _optimizer(args: TrainingArguments) -> str:
     """Say which optimiser it is, with what a checkpoint of its state would otherwise overrule without a word."""
     more = f", {args.optim_args}" if args.optim_args else ""
     name = OptimizerNames(args.optim).value
-    return f"{name}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon {args.adam_epsilon:g}{more}"
+    return f"{name}, betas {args.adam_beta1} and {args.adam_beta2}, epsilon {args.adam_epsilon}{more}"
 
 
 def _layers(model: nn.Module) -> list[str]:
