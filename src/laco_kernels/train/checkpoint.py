@@ -121,7 +121,7 @@ def commit(part: Path, keep: int | None = None) -> Path:
                 _delete(replaced)
             final.rename(replaced)
         part.rename(final)
-        _sync_folder(folder)
+        sync(folder)
     except Exception as error:
         if not final.exists() and replaced.exists():
             replaced.rename(final)
@@ -220,7 +220,7 @@ def _seal(part: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     for path, _, _ in os.walk(part, topdown=False):
-        _sync_folder(Path(path))
+        sync(Path(path))
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -297,8 +297,9 @@ def _delete(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

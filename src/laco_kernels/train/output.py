@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.errors import complaint
+from laco_kernels.train.checkpoint import sync
 from laco_kernels.train.recipe import to_yaml
 from laco_kernels.train.strict import plain, read_yaml
 
@@ -79,9 +80,8 @@ def claim(recipe: Recipe) -> None:
 def write_result(folder: Path, write: Callable[[Path], None]) -> None:
     """Have a result written beside its place, bring it to the disk, and move it into ``folder``, what names it last.
 
-    Of an earlier result there, nothing stays that would be read beside this one.
-
-    Whatever stops a process before that, an earlier result is as it was.
+    Whatever stops a process before it is on the disk, an earlier result is as it was. Of that nothing stays that would be read
+    beside this one, and what names it goes first: a folder that is half moved is no model.
 
     Args:
         folder: there is one already.
@@ -97,14 +97,15 @@ def write_result(folder: Path, write: Callable[[Path], None]) -> None:
         part.mkdir()
         write(part)
         for file in part.rglob("*"):
-            _sync(file)
+            sync(file)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) or os.strerror(errno.ENOSPC) not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error  # safetensors has an error of its own
     new = {file.name for file in part.iterdir()}
-    for file in [file for pattern in STALE for file in folder.glob(pattern) if file.name not in new]:
+    stale = [file for pattern in STALE for file in folder.glob(pattern) if file.name not in new or file.name in LAST]
+    for file in sorted(stale, key=lambda file: file.name not in LAST):
         file.unlink()
     for file in sorted(part.iterdir(), key=lambda file: file.name in LAST):
         target = folder / file.name
@@ -112,18 +113,7 @@ def write_result(folder: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(target)
         file.replace(target)
     part.rmdir()
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that do not sync folders
-            raise
-    finally:
-        os.close(descriptor)
+    sync(folder)
 
 
 def _entries(content: dict[str, Any], key: str = "") -> dict[str, Any]:
