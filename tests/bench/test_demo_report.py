@@ -22,7 +22,7 @@ def result():
 def test_it_says_which_types_are_above_chance_and_which_are_not(result):
     assert demo_report.findings(result) == [
         "Above the majority answer by more than three standard deviations of guessing: colour. Not: new word.",
-        "What linear heads read right in the pretrained tower, before any merge: things 90%.",
+        "What a linear reader reads right in a token of the pretrained tower, before any merge: things 90%.",
     ]
     assert demo_report.margin(Score("", 100, 0, "", 50)) == pytest.approx(0.15)
     assert demo_report.times(result).startswith("3.5 minutes (5.8 of all cores together): drawing the task 30 s, ")

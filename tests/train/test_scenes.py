@@ -73,7 +73,7 @@ def test_the_same_numbers_draw_the_same_picture_and_others_another():
 
 def test_fonts_sizes_places_and_noise_vary():
     source = random.Random(0)
-    scene = (Thing("word", "BOX", "red"), None, None, None)
+    scene = (Thing("word", "OX", "red"), None, None, None)
     images = [np.asarray(scenes.draw(scene, source, noise=0.0)).astype(float) for _ in range(40)]
     first_rows = {int(np.flatnonzero((np.abs(image - image[-1, -1]).sum(2) > 3).any(1))[0]) for image in images}
     ink = {int((np.abs(image - image[-1, -1]).sum(2) > 3).sum()) for image in images}
@@ -81,7 +81,7 @@ def test_fonts_sizes_places_and_noise_vary():
     assert len(ink) > len(scenes.FONTS)  # in more than one size
     spreads = [np.asarray(scenes.draw((None,) * 4, source)).astype(float).std((0, 1)).mean() for _ in range(40)]
     assert min(spreads) < 4
-    assert 14 < max(spreads) < scenes.NOISE + 1
+    assert scenes.NOISE - 2 < max(spreads) < scenes.NOISE + 1
 
 
 def test_a_scene_shows_something_and_every_thing_comes_up():

@@ -55,7 +55,7 @@ def test_types_are_told_and_held_out_samples_have_all_of_them(written):
     for record in train + held_out:
         assert len(record["types"]) == len(record["conversations"]) / 2
         assert set(record["types"]) <= set(TYPES)
-    assert {len(record["types"]) for record in train} == {1, 2, 3, 4, 5, 6}
+    assert {len(record["types"]) for record in train} == {4, 5, 6, 7, 8}
     assert [record["types"][-1] for record in held_out] == list(TYPES) * (HELD_OUT // len(TYPES))
     assert {len(record["types"]) for record in held_out} == {1, 2}
 

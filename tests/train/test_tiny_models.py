@@ -1,6 +1,7 @@
 """The encoder and the LLM that are pretrained on the spot for the task, and what they are taught."""
 
 import random
+from types import SimpleNamespace
 
 import torch
 
@@ -9,19 +10,21 @@ from laco_kernels.train.conversation import IGNORED
 from laco_kernels.train.scene_tower import WHAT
 from laco_kernels.train.scenes import Thing
 
-SCENE = (Thing("shape", "star", "red"), None, Thing("word", "BOX", "blue"), Thing("digit", "7", "white"))
+SCENE = (Thing("shape", "star", "red"), None, Thing("word", "OX", "blue"), Thing("digit", "7", "white"))
 
 
 def test_labels_say_what_is_drawn():
     colours = list(scenes.COLOURS)
-    none = [IGNORED] * 3
+    none = [IGNORED] * 2
     assert scene_tower.labels_of(SCENE) == [
-        [WHAT.index("star"), colours.index("red"), *none],
-        [0, IGNORED, *none],
-        [WHAT.index("word"), colours.index("blue"), 1, 14, 23],
-        [WHAT.index("7"), colours.index("white"), *none],
+        [WHAT.index("star"), colours.index("red"), *none, 0],
+        [0, IGNORED, *none, 1],
+        [WHAT.index("word"), colours.index("blue"), 14, 23, 2],
+        [WHAT.index("7"), colours.index("white"), *none, 3],
     ]
-    assert [len(WHAT), len(colours), 26, 26, 26] == list(scene_tower.CLASSES)
+    assert [len(WHAT), len(colours), 26, 26, 4] == list(scene_tower.CLASSES)
+    top, bottom = [0] * 4 + [1] * 4, [2] * 4 + [3] * 4
+    assert top * 4 + bottom * 4 == scene_tower.QUADRANTS
 
 
 def test_pixels_are_those_of_the_image_processor():
@@ -96,10 +99,11 @@ def test_what_is_not_there_counts_neither_as_read_nor_as_not(monkeypatch):
             self.labels = torch.tensor(scene_tower.labels_of(SCENE)).clamp(min=0)
             self.labels[3, 1] -= 1
 
-        def forward(self, tokens, grid):
-            logits = [torch.eye(size)[self.labels[:, i]] for i, size in enumerate(scene_tower.CLASSES)]
+        def forward(self, tokens):
+            labels = self.labels[scene_tower.QUADRANTS]
+            logits = [torch.eye(size)[labels[:, i]] for i, size in enumerate(scene_tower.CLASSES)]
             return torch.cat(logits, -1).expand(len(tokens), -1, -1)
 
-    monkeypatch.setattr(scene_tower, "QuadrantReader", Knowing)
+    monkeypatch.setattr(scene_tower, "nn", SimpleNamespace(Linear=Knowing))
     _, seen = scene_tower.pretrain_scene_tower(1, 1)
     assert seen == {"things": 1, "colours": float(torch.tensor(2 / 3)), "letters": 1}

@@ -28,16 +28,15 @@ HELD_OUT, HELD_OUT_SEED = 256, 2**31  # pictures whose seed no training takes
 
 
 class QuadrantReader(nn.Module):
-    """Four linear heads, one a quadrant, each on the mean of its quadrant's tokens: ``[B, H * W, dim] -> [B, 4, classes]``.
+    """Four linear heads, one a quadrant, each on the mean of its quadrant's tokens: ``[B, H * W, dim] -> [B, 4, 10]`` logits.
 
     Args:
         dim: width of the tokens.
-        classes: how many logits each head has.
     """
 
-    def __init__(self, dim: int, classes: int = CLASSES) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList([nn.Linear(dim, classes) for _ in range(QUADRANTS)])
+        self.heads = nn.ModuleList([nn.Linear(dim, CLASSES) for _ in range(QUADRANTS)])
 
     def forward(self, tokens: torch.Tensor, grid: Sequence[int] = GRID) -> torch.Tensor:
         """Read ``tokens [B, H * W, dim]`` of ``grid = (H, W)``, in raster order."""
