@@ -155,6 +155,14 @@ def test_the_compressors_rows_are_the_recorded_ones():
     assert re.search(r"^Measured on .*$", recorded, re.MULTILINE)[0] in section
 
 
+def test_the_demo_learned_what_the_readme_says():
+    record = (ROOT / "benchmarks/results/cpu-amd-epyc-2-threads/train-demo.md").read_text()
+    recorded = re.findall(r"^\| (\S.*?) \| (.*%) \| (.*%) \| (.*%) \(.*\) \| \d+ \|$", record, re.MULTILINE)
+    assert len(recorded) == 8
+    for row in recorded:
+        assert f"| {' | '.join(row)} |" in README
+
+
 def test_the_study_found_what_the_readme_says():
     content = json.loads((ROOT / "benchmarks/results/cpu-amd-epyc-2-threads/study-tiny-tower-ratio2.json").read_text())
     short, long = (
