@@ -25,7 +25,9 @@ def test_it_says_which_types_are_above_chance_and_which_are_not(result):
         "What a linear reader reads right in a token of the pretrained tower, before any merge: things 90%.",
     ]
     assert demo_report.margin(Score("", 100, 0, "", 50)) == pytest.approx(0.15)
-    assert demo_report.times(result).startswith("3.5 minutes (5.8 of all cores together): drawing the task 30 s, ")
+    assert demo_report.times(result).startswith(
+        "3.5 minutes (5.8 of all cores together, loading data aside): drawing the task 30 s, "
+    )
 
 
 def test_markdown_and_files(result, tmp_path):

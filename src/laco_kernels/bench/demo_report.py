@@ -69,7 +69,7 @@ def times(result: DemoResult) -> str:
     """Say how long everything took."""
     parts = ", ".join(f"{STEPS[step.name]} {step.seconds:.0f} s" for step in result.steps)
     total, cpu = (sum(times) for times in zip(*((step.seconds, step.cpu_seconds) for step in result.steps), strict=True))
-    return f"{total / 60:.1f} minutes ({cpu / 60:.1f} of all cores together): {parts}."
+    return f"{total / 60:.1f} minutes ({cpu / 60:.1f} of all cores together, loading data aside): {parts}."
 
 
 def legend() -> str:

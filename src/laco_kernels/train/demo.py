@@ -116,7 +116,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is done: its name, and the seconds since it was last begun, by the clock and of all cores together."""
+    """A step that is done: its name, the seconds since it was last begun, and those of all cores, loading data aside."""
 
     name: str
     seconds: float
