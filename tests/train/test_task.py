@@ -60,6 +60,25 @@ def test_types_are_told_and_held_out_samples_have_all_of_them(written):
     assert {len(record["types"]) for record in held_out} == {1, 2}
 
 
+def test_no_question_is_asked_behind_its_own_answer(written):
+    for _, questions, _ in task.imagine_held_out(400, 0, set()):
+        texts = [question.text for question in questions]
+        assert len(set(texts)) == len(texts)
+
+
+def test_what_lies_beside_the_folder_stays(tmp_path, monkeypatch):
+    beside = tmp_path / "task.part"
+    beside.mkdir()
+    (beside / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder: got '.*task\.part' beside it, expected nothing of that name"):
+        task.write_task(tmp_path / "task", 1, 8)
+    assert (beside / "precious.txt").read_text() == "mine"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    task.write_task(".", 1, 8)
+    assert (tmp_path / "here" / "train.json").exists()
+
+
 def test_held_out_pictures_and_words_are_in_no_training_sample(written):
     folder = written.train.parent / "images"
     digests = {

@@ -75,8 +75,8 @@ def times(result: DemoResult) -> str:
 def legend() -> str:
     """What the figures mean."""
     return (
-        "Held-out questions answered word for word, greedily. Their pictures show combinations that no training picture shows, "
-        "and new words are in none of these. Majority answer: what the most frequent answer of the type gets right."
+        "Held-out questions answered word for word, greedily. No training picture shows the same in all four "
+        "quadrants, and none shows a new word. Majority answer: what the most frequent answer of the type gets right."
     )
 
 

@@ -51,7 +51,7 @@ def train_demo(
 ) -> None:
     """Train a tiny multimodal LLM in LaCo's stages on drawn pictures, and ask it held-out questions.
 
-    Less than ten minutes on two CPU cores. The model is OUT/stage2, with its recipes beside it.
+    About ten minutes on two idle CPU cores. The model is OUT/stage2, with its recipes beside it.
     """
     with usage_errors():
         require_extra("laco train-demo")

@@ -64,7 +64,7 @@ trainer:
 """
 
 STAGE2 = """\
-# Stage 2: all parts learn. Rates are those of a model of this size, a hundred times the paper's
+# Stage 2: all parts learn. Rates are those of a model of this size, hundreds of times the paper's
 output: ./stage2
 model:
   checkpoint: ./stage1
@@ -259,6 +259,7 @@ def _fresh(folder: Path) -> Path:
 
 def _drawn(demo: _Demo) -> dict[str, Any]:
     settings = demo.settings
+    _fresh(demo.folder / "task.part")
     write_task(_fresh(demo.folder / "task"), settings.samples, settings.held_out, settings.seed, on_step=demo.on_step)
     return {}
 

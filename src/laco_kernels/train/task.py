@@ -41,7 +41,7 @@ class Task:
 def write_task(
     folder: Path | str,
     count: int = 4000,
-    held_out: int = 480,
+    held_out: int = 640,
     seed: int = 0,
     form: str = "json",
     on_step: Callable[[str, float], object] = lambda *_: None,
@@ -65,13 +65,14 @@ def write_task(
     count, held_out, seed = integer("count", count, 1), integer("held_out", held_out, 1), integer("seed", seed, 0)
     if form not in FORMATS:
         raise ValueError(complaint("form", repr(form), f"one of {', '.join(FORMATS)}", "Pass one of these"))
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "Choose another folder; nothing is overwritten"
         raise ValueError(complaint("folder", f"{str(folder)!r}, which has something in it", "an empty folder, or none", remedy))
     part = folder.with_name(f"{folder.name}.part")
-    if part.exists():  # of a process that was killed
-        shutil.rmtree(part)
+    if part.exists():
+        remedy = "Delete it if this command was stopped while it wrote there, or choose another folder"
+        raise ValueError(complaint("folder", f"{str(part)!r} beside it", "nothing of that name", remedy))
     try:
         (part / "images").mkdir(parents=True)
         shown: set[Scene] = set()
@@ -115,8 +116,9 @@ def imagine_held_out(count: int, seed: int, shown: set[Scene]) -> Iterator[tuple
             if question is not None and scene not in seen:
                 break
         seen.add(scene)
-        before = ask_several(scene, source, 1) if number // len(TYPES) % SEVERAL == SEVERAL - 1 else []
-        yield scene, [*before, question], source
+        before = ask_several(scene, source, 2) if number // len(TYPES) % SEVERAL == SEVERAL - 1 else []
+        others = [other for other in before if other.text != question.text]  # whose answer would be told
+        yield scene, [*others[:1], question], source
 
 
 def _record(name: str, questions: list[Question]) -> dict[str, Any]:
