@@ -37,6 +37,13 @@ PAPER_TPS: dict[str, dict[Fraction, float]] = {
     "internvit-300m-448": {Fraction(1, 4): 25.5, Fraction(1): 19.0},
 }
 
+LLAVA, STF = "LLaVA-1.5", "STF"
+# STF's paper: time to first token on an A100 at batch 16 and seconds of a fine-tuning step on 8 A6000 at batch 128.
+PAPER_TTFT_MS = {LLAVA: 346.2, STF: 103.8}
+PAPER_STEP_S = {LLAVA: 27.8, STF: 18.6}
+# LaCo's paper: a training step at @1 over one at @1/4.
+PAPER_STEP_RATIO = {"@1": 1.0, "@1/4": 1.35}
+
 
 def encoder_names() -> list[str]:
     """Return the names of the encoders whose architecture the package carries."""

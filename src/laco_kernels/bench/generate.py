@@ -326,7 +326,7 @@ def _paper(setting: Setting, subject: str) -> dict[str, Any]:
     """Return the papers' ratios, where the models are theirs."""
     ttft = tps = None
     if setting.method == "stf" and (setting.encoder, setting.llm) == llava_cases.METHODS["stf"]:
-        ttft = llava_cases.PAPER_TTFT_MS[llava_cases.LLAVA] / llava_cases.PAPER_TTFT_MS[subject]
+        ttft = cases.PAPER_TTFT_MS[cases.LLAVA] / cases.PAPER_TTFT_MS[subject]
     if setting.method == "laco" and setting.llm == llava_cases.METHODS["laco"][1]:
         speeds = cases.PAPER_TPS.get(setting.encoder, {})
         depth = Fraction(subject[1:])

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from laco_kernels.bench import cases, prefill
+from laco_kernels.bench.cases import LLAVA, STF
 from laco_kernels.errors import complaint
 from laco_kernels.hf.build_llava import build_llava
 from laco_kernels.hf.compress import layer_at
@@ -27,19 +28,12 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 METHODS = {"laco": ("aimv2-l-336", "qwen2.5-0.5b"), "stf": ("clip-l-336", "vicuna-7b")}
-LLAVA, STF = "LLaVA-1.5", "STF"
 IMAGE_TOKEN = 5  # any number of the vocabulary: prompts are drawn from those behind it
 
 # Layers of encoder and LLM where there is no GPU: depths of 1/12 need twelve layers, MBTF reads eight blocks.
 WITHOUT_GPU = {"laco": (12, 2), "stf": (8, 1)}
 TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "image_size": 56}
 TINY_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384}
-
-# STF's paper: time to first token on an A100 at batch 16 and seconds of a fine-tuning step on 8 A6000 at batch 128.
-PAPER_TTFT_MS = {LLAVA: 346.2, STF: 103.8}
-PAPER_STEP_S = {LLAVA: 27.8, STF: 18.6}
-# LaCo's paper: a training step at @1 over one at @1/4.
-PAPER_STEP_RATIO = {"@1": 1.0, "@1/4": 1.35}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from laco_kernels.bench import llava_cases
+from laco_kernels.bench import cases, llava_cases
 from laco_kernels.bench.environment import environment
 from laco_kernels.bench.generate import compile_pieces
 from laco_kernels.bench.memory import peak_bytes
@@ -396,9 +396,9 @@ class _StageRun:
         if (self.setting.encoder, self.setting.llm) != llava_cases.METHODS[self.setting.method]:
             return None
         if self.setting.method == "laco":
-            return llava_cases.PAPER_STEP_RATIO.get(subject) if self.stage == "stage2" else None
-        steps = llava_cases.PAPER_STEP_S
-        return steps[llava_cases.LLAVA] / steps[subject] if self.stage == "finetune" else None
+            return cases.PAPER_STEP_RATIO.get(subject) if self.stage == "stage2" else None
+        steps = cases.PAPER_STEP_S
+        return steps[cases.LLAVA] / steps[subject] if self.stage == "finetune" else None
 
 
 def _language(model: Any) -> Any:
@@ -410,12 +410,13 @@ def _adapt(model: Any) -> None:
     """Put LoRA, as LLaVA-1.5 is fine-tuned with it, into every linear layer of the LLM, in place."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError:
+
+        from laco_kernels.train.recipe import LINEAR
+    except ModuleNotFoundError as missing:
         remedy = "Run: pip install 'laco_kernels[train]', or pass --stage pretrain"
-        raise ImportError(complaint("stage", "finetune without peft", "peft to be installed", remedy)) from None
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        raise ImportError(complaint("stage", f"finetune without {missing.name}", "it to be installed", remedy)) from None
     language = _language(model)
-    inject_adapter_in_model(LoraConfig(r=128, lora_alpha=256, target_modules=names), language)
+    inject_adapter_in_model(LoraConfig(r=128, lora_alpha=256, target_modules=list(LINEAR)), language)
     with torch.no_grad():
         for name, parameter in language.named_parameters():
             if "lora_B" in name:

@@ -44,8 +44,8 @@ def study(
 ) -> None:
     """Fine-tune a tiny pretrained tower with each compressor inside, and say what it reads afterwards.
 
-    LaCo's claim at a size anybody can rerun: 108 runs, which take two cores half an hour. An interrupted study goes on where it
-    stopped.
+    LaCo's claim at a size anybody can rerun: 108 runs, which take forty minutes of a core. An interrupted study goes on where
+    it stopped.
     """
     with usage_errors():
         import laco_kernels.hf  # noqa: F401 - says what to install where transformers is missing

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, set_seed
+from transformers import LlavaForConditionalGeneration, set_seed
 
 import laco_kernels.hf as hf
 from laco_kernels.errors import complaint
+from laco_kernels.hf.answer import load_pair
 from laco_kernels.hf.build_llava import STOCK_PROJECTOR
-from laco_kernels.hf.compress import unreadable
 from laco_kernels.hf.points import CompressionConfig, as_list, points_of
 from laco_kernels.train.parts import freeze, part_of
 
@@ -33,7 +32,7 @@ def load_model(recipe: ModelRecipe, seed: int) -> tuple[LlavaForConditionalGener
     """
     set_seed(seed)  # the same on all devices
     if recipe.checkpoint is not None:
-        return _load_checkpoint(recipe.checkpoint)
+        return load_pair(recipe.checkpoint, argument="checkpoint")
     assert recipe.vision is not None
     assert recipe.text is not None  # load_recipe refuses it otherwise
     model = hf.build_llava(recipe.vision, recipe.text, dtype=torch.float32, **build_options(recipe))
@@ -49,25 +48,6 @@ def build_options(recipe: ModelRecipe) -> dict[str, Any]:
         "projector": recipe.projector or STOCK_PROJECTOR,
         "vision_feature_layer": list(layers) if isinstance(layers, tuple) else layers,
     }
-
-
-def _load_checkpoint(source: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    if (Path(source) / "adapter_config.json").exists():
-        remedy = "Merge it into its model first, for instance by training with lora.merge: true"
-        raise ValueError(complaint("checkpoint", f"{source!r}, which is an adapter", "a whole model", remedy))
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **options
-        )
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged file raises whatever its reader raises
-        raise unreadable("checkpoint", source, error) from error
-    if lacking := sorted(info["missing_keys"]):
-        given = f"{source!r}, which lacks {', '.join(lacking[:3])}"
-        raise ValueError(complaint("checkpoint", given, "all weights of its model", "Save it again, or copy it again"))
-    hf.check_processor(model, processor)
-    return model, processor
 
 
 def prepare_parts(model: LlavaForConditionalGeneration, recipe: Recipe) -> Any:

@@ -309,6 +309,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file such that it is whole or as it was before, whatever stops this process; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def _damage(path: Path, given: str) -> DamagedCheckpointError:
     remedy = "Resume from another one, or restore the file from a copy"
     return DamagedCheckpointError(complaint(path.name, given, "the files as they were written", remedy))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
+from laco_kernels.train.checkpoint import write_whole
 from laco_kernels.train.evaluate import Answer, Score, answer, score
 from laco_kernels.train.mixture import read_data
 from laco_kernels.train.recipe import load_recipe
@@ -52,15 +52,6 @@ train:
     projector: 1.0e-3
   batch_size: {batch}
   max_steps: {stage1_steps}
-  warmup: 0.03
-  min_lr: 1.0e-5
-  precision: float32
-  seed: {seed}
-  log_every: 10
-  save_every: 200
-trainer:
-  dataloader_num_workers: 1
-  dataloader_persistent_workers: true
 """
 
 STAGE2 = """\
@@ -78,6 +69,10 @@ train:
     llm: 2.0e-3
   batch_size: {batch}
   max_steps: {stage2_steps}
+"""
+
+# Of both; how the section on training ends.
+REST = """\
   warmup: 0.03
   min_lr: 1.0e-5
   precision: float32
@@ -176,7 +171,7 @@ def run_demo(
     demo.step("llm", functools.partial(_llm, demo))
     for stage, recipe in zip(STAGES, (STAGE1, STAGE2), strict=True):
         file = folder / f"{stage}.yaml"
-        text = recipe.format(**dataclasses.asdict(settings))
+        text = (recipe + REST).format(**dataclasses.asdict(settings))
         demo.step(stage, functools.partial(_train, demo, stage, file, text))
         demo.step(f"{stage} answers", functools.partial(_ask, demo, stage))
     return demo.result()
@@ -241,13 +236,8 @@ class _Demo:
         )
 
     def _write(self) -> None:
-        part = self.folder / f"{RECORD}.part"
-        with part.open("w", encoding="utf-8") as stream:
-            content = {"settings": dataclasses.asdict(self.settings), "environment": self.environment, "done": self.done}
-            json.dump(content, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(self.folder / RECORD)
+        content = {"settings": dataclasses.asdict(self.settings), "environment": self.environment, "done": self.done}
+        write_whole(self.folder / RECORD, json.dumps(content, indent=1).encode())
 
 
 def _fresh(folder: Path) -> Path:

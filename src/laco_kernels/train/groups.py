@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.train.parts import PARTS, part_of
+from laco_kernels.train.parts import PARTS, check_rate, part_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,8 +43,7 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
             trained = ", ".join(dict.fromkeys(part for (part, _), parameters in groups.items() if parameters)) or "nothing"
             remedy = "Leave the rate out, or let the part be trained"
             raise ValueError(complaint("rates", repr(part), f"a part that is trained; {trained} is", remedy))
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(complaint("rates", f"{rate} for {part}", "a positive number", "Leave a part out to freeze it"))
+        check_rate(part, rate)
     return [
         {"params": parameters, "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "name": part}
         for (part, decays), parameters in groups.items()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from laco_kernels.errors import complaint
+from laco_kernels.train.checkpoint import write_whole
 
 
 @dataclass
@@ -103,12 +103,7 @@ class MetricsFile:
         The file is replaced when the new one is on the disk.
         """
         kept = [line for line in self.read() if line["step"] <= step]
-        new = self.path.with_name(self.path.name + ".new")
-        with new.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line.

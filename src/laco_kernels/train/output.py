@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laco_kernels.errors import complaint
-from laco_kernels.train.checkpoint import sync
+from laco_kernels.train.checkpoint import sync, write_whole
 from laco_kernels.train.recipe import to_yaml
 from laco_kernels.train.strict import plain, read_yaml
 
@@ -71,10 +71,7 @@ def claim(recipe: Recipe) -> None:
     Raises:
         OSError: it cannot be written to.
     """
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    part = recipe.output / f"{RECORD}.part"
-    part.write_text(to_yaml(recipe), encoding="utf-8")
-    part.replace(recipe.output / RECORD)
+    write_whole(recipe.output / RECORD, to_yaml(recipe).encode())
 
 
 def write_result(folder: Path, write: Callable[[Path], None]) -> None:

@@ -63,8 +63,13 @@ def freeze(model: nn.Module, rates: Mapping[str, float]) -> None:
             expected = f"some of {', '.join(parts)}"
             remedy = "Leave it out" + (", or compress inside the encoder" if part == "merge" else "")
             raise ValueError(complaint("rates", repr(part), expected, remedy))
-        if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(complaint("rates", f"{rate} for {part}", "a positive number", "Leave a part out to freeze it"))
+        check_rate(part, rate)
     for part, parameters in parts.items():
         for parameter in parameters.values():
             parameter.requires_grad_(part in rates)
+
+
+def check_rate(part: str, rate: float) -> None:
+    """Raise ValueError unless a part's learning rate is a positive number."""
+    if not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(complaint("rates", f"{rate} for {part}", "a positive number", "Leave a part out to freeze it"))

@@ -24,7 +24,17 @@ from laco_kernels.errors import complaint
 from laco_kernels.hf.compress import compress, layer_at
 from laco_kernels.nn import COMPRESSORS
 from laco_kernels.train.digits import draw_digits
-from laco_kernels.train.tiny_tower import BATCH, GRID, HELD_OUT_SEED, LAYERS, WIDTH, TinyTower, accuracy, held_out_digits
+from laco_kernels.train.tiny_tower import (
+    BATCH,
+    GRID,
+    HELD_OUT_SEED,
+    LAYERS,
+    WIDTH,
+    TinyTower,
+    accuracy,
+    held_out_digits,
+    warm_cosine,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,7 +145,9 @@ def fine_tune(tower: TinyTower, arm: Arm, seed: int, settings: Settings, device:
         ]
         everything = [parameter for group in groups for parameter in group["params"]]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_rate, steps=settings.steps))
+        warmup = max(1, round(WARM_SHARE * settings.steps))
+        rate = functools.partial(warm_cosine, steps=settings.steps, warmup=warmup)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         encoder.train()
         losses = []
         clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
@@ -219,8 +231,3 @@ def one_thread() -> Iterator[None]:
 
 def _to(digits: Digits, device: torch.device | str) -> Digits:
     return type(digits)(digits.pixels.to(device), digits.labels.to(device))
-
-
-def _rate(step: int, steps: int) -> float:
-    warm = max(1, round(WARM_SHARE * steps))
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -26,6 +26,7 @@ import transformers
 
 from laco_kernels.errors import complaint
 from laco_kernels.geometry import integer
+from laco_kernels.train.checkpoint import write_whole
 from laco_kernels.train.study import Arm, Outcome, Settings, digest, fine_tune, one_thread
 from laco_kernels.train.tiny_tower import WIDTH, QuadrantReader, TinyTower, build_tiny_tower, pretrain_tiny_tower
 
@@ -81,7 +82,7 @@ def prepare_tower(
         with one_thread():
             tower = pretrain_tiny_tower(steps=steps, seed=seed, on_step=on_step)
         facts = {"accuracy": repr(tower.accuracy), "steps": str(steps), "seed": str(seed)}
-        _write(path, safetensors.torch.save(_tensors(tower), facts))
+        write_whole(path, safetensors.torch.save(_tensors(tower), facts))
     return load_tower(path), path
 
 
@@ -188,7 +189,7 @@ def _run_there(job: _Job, work: Path) -> Outcome:
 def _run(job: _Job, tower: TinyTower, work: Path) -> Outcome:
     outcome = fine_tune(tower, job.arm, job.seed, job.settings, job.device)
     data = {"key": job.key(), "outcome": dataclasses.asdict(outcome)}
-    _write(job.path(work), (json.dumps(data, indent=2) + "\n").encode())
+    write_whole(job.path(work), (json.dumps(data, indent=2) + "\n").encode())
     return outcome
 
 
@@ -203,21 +204,6 @@ def _read(job: _Job, work: Path) -> Outcome | None:
         return Outcome(**data["outcome"])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file such that it is whole or not there, whatever stops this process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _tensors(tower: TinyTower) -> dict[str, torch.Tensor]:

@@ -131,7 +131,7 @@ def pretrain(
     """
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, min(WARMUP, steps)))
     for step in range(steps):
         on_step(step / steps)
         value = loss(min(1.0, (step + 1) / (QUIET * steps)))
@@ -156,6 +156,6 @@ def accuracy(encoder: nn.Module, reader: QuadrantReader, digits: Digits, grid: S
     return float(torch.cat(right).float().mean())
 
 
-def _rate(step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / min(WARMUP, steps))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+def warm_cosine(step: int, steps: int, warmup: int) -> float:
+    """Return the factor of a learning rate: a cosine from 1 to 0, and over the first ``warmup`` steps a rise to it."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
