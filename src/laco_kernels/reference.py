@@ -51,8 +51,18 @@ def residual(x: torch.Tensor, windows: Windows, kind: str, layout: str = "raster
     return (tokens.sum(2, dtype=wide) / windows.split(ones).sum(2)).to(x.dtype)
 
 
+def gelu(pre: torch.Tensor, approximate: str) -> torch.Tensor:
+    """GELU by erf (``"none"``) or by tanh, as torch's own; or ``pre sigmoid(1.702 pre)`` (``"sigmoid"``, CLIP's quick GELU)."""
+    if approximate == "sigmoid":
+        return pre * torch.sigmoid(1.702 * pre)
+    return F.gelu(pre, approximate=approximate)
+
+
 def gelu_backward(grad: torch.Tensor, pre: torch.Tensor, approximate: str) -> torch.Tensor:
     """``grad * gelu'(pre)``."""
+    if approximate == "sigmoid":
+        sigma = torch.sigmoid(1.702 * pre)
+        return grad * (sigma + 1.702 * pre * sigma * (1 - sigma))
     return torch.ops.aten.gelu_backward(grad, pre, approximate=approximate)
 
 
@@ -75,7 +85,7 @@ def patch_merge_forward(
     pre-activation ``W1 S(x) + b1 [B, N', hidden]``. Prefix tokens pass through unchanged.
     """
     pre = F.linear(space_to_depth(x, windows, layout), weight1, bias1)
-    y = F.linear(F.gelu(pre, approximate=approximate), weight2, bias2)
+    y = F.linear(gelu(pre, approximate), weight2, bias2)
     if residual_kind != "none":
         y = y + residual(x, windows, residual_kind, layout)
     if windows.prefix_tokens:
@@ -104,7 +114,7 @@ def patch_merge_backward(
     g = grad[:, windows.prefix_tokens :]
     dx = dweight1 = dbias1 = dweight2 = dbias2 = None
     if needs[3]:
-        dweight2 = _outer(g, F.gelu(pre, approximate=approximate))
+        dweight2 = _outer(g, gelu(pre, approximate))
     if needs[4]:
         dbias2 = g.sum((0, 1))
     if any(needs[:3]):
@@ -119,6 +129,10 @@ def patch_merge_backward(
         if needs[2]:
             dbias1 = dpre.sum((0, 1))
     return [dx, dweight1, dbias1, dweight2, dbias2]
+
+
+# A merge of one token a window, without a residual.
+gelu_mlp_forward, gelu_mlp_backward = patch_merge_forward, patch_merge_backward
 
 
 def residual_backward(g: torch.Tensor, windows: Windows, kind: str) -> torch.Tensor:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from laco_kernels.reference import gelu_backward
+from laco_kernels.reference import gelu, gelu_backward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+GELUS = {"gelu": "none", "gelu_tanh": "tanh", "quick_gelu": "sigmoid"}  # as the operators on visual tokens call them
 
 
 def add_norm_forward(
@@ -110,14 +112,9 @@ def gated_silu_backward(grad: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 
 def activate_forward(h: torch.Tensor, *, activation: str) -> torch.Tensor:
     """``gelu(h)`` by erf (``"gelu"``) or by tanh (``"gelu_tanh"``), or ``h sigmoid(1.702 h)`` (``"quick_gelu"``)."""
-    if activation == "quick_gelu":
-        return h * torch.sigmoid(1.702 * h)
-    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return gelu(h, GELUS[activation])
 
 
 def activate_backward(grad: torch.Tensor, h: torch.Tensor, *, activation: str) -> torch.Tensor:
     """The gradient of ``h``."""
-    if activation == "quick_gelu":
-        sigma = torch.sigmoid(1.702 * h)
-        return grad * (sigma + 1.702 * h * sigma * (1 - sigma))
-    return gelu_backward(grad, h, "tanh" if activation == "gelu_tanh" else "none")
+    return gelu_backward(grad, h, GELUS[activation])

@@ -32,7 +32,7 @@ from laco_kernels.kernels import select
 from laco_kernels.ops.cost import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from laco_kernels.testing_tower import TowerCase
 
@@ -63,13 +63,19 @@ class Case:
             width = s["blocks"] * s["channels"]
             blocks = {f"xs[{i}]": draw(s["batch"], s["tokens"], s["channels"]) for i in range(s["blocks"])}
             return {**blocks, "weight": draw(s["out"], width, scale=width**-0.5), "bias": draw(s["out"])}
+        if self.op == "gelu_mlp":
+            x, area = draw(s["batch"], s["tokens"], s["channels"]), s["channels"]
+            return {"x": x, **self._layers(draw, area)}
         height, width = self.options["grid"]
         x = draw(s["batch"], self.options.get("prefix_tokens", 0) + height * width, s["channels"])
         area = self.options.get("ratio", self.options.get("kernel_size", 2)) ** 2 * s["channels"]
         if self.op in ("strided_conv", "strided_conv_gelu"):
             return {"x": x, "weight": draw(s["out"], area, scale=area**-0.5), "bias": draw(s["out"])}
-        hidden, out = s["hidden"], s.get("out", s["channels"])
-        first = {"x": x, "weight1": draw(hidden, area, scale=area**-0.5), "bias1": draw(hidden)}
+        return {"x": x, **self._layers(draw, area)}
+
+    def _layers(self, draw: Callable[..., torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+        hidden, out = self.sizes["hidden"], self.sizes.get("out", self.sizes["channels"])
+        first = {"weight1": draw(hidden, width, scale=width**-0.5), "bias1": draw(hidden)}
         return {**first, "weight2": draw(out, hidden, scale=hidden**-0.5), "bias2": draw(out)}
 
     def __call__(self, inputs: dict[str, torch.Tensor], impl: str | None) -> torch.Tensor:
@@ -90,6 +96,11 @@ def _conv(batch: int, grid: tuple[int, int], channels: int, out: int, **options:
 
 def _plain_conv(batch: int, grid: tuple[int, int], channels: int, out: int, **options: Any) -> Case:
     return Case("strided_conv", {"batch": batch, "channels": channels, "out": out}, {"grid": grid, **options})
+
+
+def _mlp(batch: int, tokens: int, channels: int, hidden: int, approximate: str, **sizes: int) -> Case:
+    given = {"batch": batch, "tokens": tokens, "channels": channels, "hidden": hidden, **sizes}
+    return Case("gelu_mlp", given, {"approximate": approximate})
 
 
 def _fusion(batch: int, tokens: int, channels: int, blocks: int, out: int, **options: Any) -> Case:
@@ -120,6 +131,10 @@ CASES = (
     _plain_conv(3, (3, 5), 20, 68, kernel_size=3, pad=True),
     _plain_conv(2, (3, 3), 72, 24, kernel_size=1, prefix_tokens=2),
     _plain_conv(0, (2, 4), 16, 16),
+    _mlp(2, 7, 40, 72, "none"),
+    _mlp(1, 33, 24, 104, "tanh", out=20),
+    _mlp(3, 5, 72, 24, "sigmoid"),
+    _mlp(0, 4, 16, 16, "none"),
 )
 
 # The encoders of the papers, and a released model's, for a GPU.
@@ -131,6 +146,9 @@ LARGE_CASES = (
     _conv(2, (24, 24), 1024, 4096, prefix_tokens=1),
     _fusion(2, 577, 1024, 8, 4096, prefix_tokens=1),
     _plain_conv(2, (26, 26), 1152, 4096),  # Idefics3's connector
+    _mlp(2, 1025, 1024, 4096, "none"),
+    _mlp(2, 729, 1152, 4304, "tanh"),
+    _mlp(2, 577, 1024, 4096, "sigmoid"),
 )
 
 

@@ -80,7 +80,26 @@ class Fusion:
         return reference.multi_block_linear_gelu_forward([x1, x2], *weights, prefix_tokens=PREFIX)[0]
 
 
-CASES = [Merge, Conv, PlainConv, Fusion]
+class Mlp:
+    name, activations, pre = "gelu_mlp", 1, True
+    shapes = (HIDDEN, CHANNELS), (HIDDEN,), (CHANNELS + 1, HIDDEN), (CHANNELS + 1,)
+
+    @staticmethod
+    def call(x, *weights, **kwargs):
+        return lk.gelu_mlp(x, *weights, **kwargs)
+
+    @staticmethod
+    def raw(x, *weights, save=True):
+        return x, *weights, x.dtype, "none", "reference", save
+
+    @staticmethod
+    def reference(x, *weights):
+        windows = Windows((1, TOKENS), 1, 0, False)
+        options = {"residual_kind": "none", "layout": "block"}
+        return reference.patch_merge_forward(x, *weights, windows=windows, **options)[0]
+
+
+CASES = [Merge, Conv, PlainConv, Fusion, Mlp]
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_activated_op = pytest.mark.parametrize("case", [case for case in CASES if case.pre], ids=lambda case: case.name)
 
@@ -129,6 +148,8 @@ class Calls(TorchDispatchMode):
     def of(self, func):
         return [call for call in self.calls if call[0] is func]
 
-    def shapes(self):
+    def shapes(self, unlike):
+        """The shapes of all results that are no views of the tensor ``unlike``."""
         results = [r if isinstance(r, (list, tuple)) else (r,) for _, _, r in self.calls]
-        return {tuple(t.shape) for result in results for t in result if isinstance(t, torch.Tensor)}
+        made = [t for result in results for t in result if isinstance(t, torch.Tensor)]
+        return {tuple(t.shape) for t in made if t.untyped_storage().data_ptr() != unlike.untyped_storage().data_ptr()}

@@ -21,6 +21,7 @@ from .cases import (
     Calls,
     Fusion,
     Merge,
+    Mlp,
     assert_same_gradients,
     clones,
     every_activated_op,
@@ -89,7 +90,7 @@ def test_a_frozen_encoder_skips_the_gradient_of_its_tokens(case, frozen, monkeyp
     ((_, args, results),) = outside.of(overload(case, "_backward"))
     assert args[-1] == [not frozen] * case.activations + [True] * len(case.shapes)
     shape = tuple(tensors[0].shape)
-    assert (shape in inside.shapes() | outside.shapes()) is not frozen
+    assert (shape in inside.shapes(tensors[0]) | outside.shapes(tensors[0])) is not frozen
     assert [r.numel() == 0 for r in results] == [frozen] * case.activations + [False] * len(case.shapes)
     assert all((t.grad is None) is not t.requires_grad for t in tensors)
 
@@ -126,7 +127,7 @@ def test_saves_the_tokens_the_weights_and_a_pre_activation_where_there_is_one(ca
     assert len(saved) == len(kept) + case.pre
     if not case.pre:
         return
-    rows = TOKENS - PREFIX if case is Fusion else WINDOWS.num_windows
+    rows = {Fusion: TOKENS - PREFIX, Mlp: TOKENS}.get(case, WINDOWS.num_windows)
     assert [t.shape for t in new] == [(BATCH, rows, HIDDEN)]
     assert new[0].untyped_storage().nbytes() == new[0].nbytes, "a view keeps something larger alive"
     assert y.data_ptr() != new[0].data_ptr()

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from laco_kernels import ops
 from laco_kernels.ops.activation import run_activate, run_gated_silu
 from laco_kernels.ops.add_norm import run_add_norm
+from laco_kernels.ops.gelu_mlp import Norm, run_gelu_mlp
 from laco_kernels.ops.packed_linear import pack, packed_linear, run_packed_linear
 from laco_kernels.testing_tower import NORM_ARGUMENTS, TowerCase, norm
 
@@ -23,6 +24,8 @@ CASES = [
     norm(*SHAPE, without=("delta", "scale")),
     TowerCase("gated_silu", SHAPE),
     TowerCase("activate", SHAPE, {"activation": "quick_gelu"}),
+    TowerCase("gelu_mlp", SHAPE),
+    TowerCase("gelu_mlp", SHAPE, {"approximate": "sigmoid"}),
     TowerCase("packed_linear", SHAPE),
     TowerCase("packed_linear", SHAPE, without=("bias",)),
 ]
@@ -30,6 +33,8 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def make(case, dtype=torch.float64):
+    if case.op == "gelu_mlp":
+        return [torch.randn(s, dtype=dtype).requires_grad_() for s in (case.shape, (9, 6), (9,), (6, 9), (6,))]
     if case.op != "packed_linear":
         return [t.requires_grad_() for t in case.inputs(dtype, "cpu").values()]
     x, weights, biases = (torch.randn(shape, dtype=dtype) for shape in (case.shape, (9, 6), (9,)))
@@ -40,6 +45,8 @@ def make(case, dtype=torch.float64):
 def public(case, *tensors, impl="reference"):
     if case.op == "packed_linear":
         return (packed_linear(tensors[0], tensors[1:3], tensors[3:]),)
+    if case.op == "gelu_mlp":
+        return (ops.gelu_mlp(*tensors, **case.options, impl=impl),)
     names = ["h"] if len(tensors) == 1 else [name for name in NORM_ARGUMENTS if name not in case.without]
     return tuple(case(dict(zip(names, tensors, strict=True)), impl).values())
 
@@ -49,6 +56,8 @@ def direct(case, *tensors, impl="reference"):
         return (run_gated_silu(*tensors, impl),)
     if case.op == "activate":
         return (run_activate(*tensors, case.options["activation"], impl),)
+    if case.op == "gelu_mlp":
+        return (run_gelu_mlp(*tensors, case.options.get("approximate", "none"), impl),)
     if case.op == "packed_linear":
         x, weights, biases = tensors[0], tensors[1:3], tensors[3:]
         with torch.no_grad():
@@ -144,7 +153,7 @@ def test_a_saved_tensor_that_was_written_to_is_refused(case):
     tensors = make(case)
     y = direct(case, *tensors)[-1]
     with torch.no_grad():
-        tensors[-1 if case.op != "packed_linear" else 1].mul_(2)
+        tensors[1 if case.op in ("packed_linear", "gelu_mlp") else -1].mul_(2)
         if case.op == "add_norm":
             tensors[NORM_ARGUMENTS.index("weight") - ("delta" in case.without)].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -194,6 +203,10 @@ def test_what_does_not_fit_is_refused_as_ever():
     ):
         with pytest.raises(ValueError, match=f"^{name}: got"):
             run_add_norm(*arguments, "layer", 1e-6, "reference")
+    matrices = [torch.ones(9, 6), torch.ones(9), torch.ones(6, 9), torch.ones(6)]
+    for i, name in enumerate(("weight1", "bias1", "weight2", "bias2")):
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            run_gelu_mlp(x, *[m[..., 1:] if i == j else m for j, m in enumerate(matrices)], "none", "reference")
     with pytest.raises(ValueError, match=r"^h: got 5 channels"):
         run_gated_silu(x[..., :5], "reference")
     with pytest.raises(ValueError, match=r"^weights\[0\]: got"):
@@ -209,3 +222,21 @@ def test_a_transform_sees_the_operators():
     )(x)
     assert any(node.target is torch.ops.laco.add_norm.default for node in graph.graph.nodes)
     assert torch.equal(graph(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_feed_forward_block_makes_its_input_again_from_what_the_norm_keeps(kind):
+    """The same gradients, also from a norm's input that was put aside, and one tensor less that is kept."""
+    tensors, found = [*make(TowerCase("gelu_mlp", SHAPE)), *make(norm(*SHAPE))[2:4]], []
+    for recompute in (False, True):
+        total, *weights, weight, bias = leaves = clones(tensors)
+        norm_of = (weight, bias if kind == "layer" else None, kind, 1e-6, "reference")
+        normed = run_add_norm(total, None, *norm_of[:2], None, *norm_of[2:])[1]
+        made_by = Norm(total, *norm_of) if recompute else None
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, torch.clone):
+            y = run_gelu_mlp(normed, *weights, "none", "reference", made_by)
+        assert (normed.data_ptr() in kept, total.data_ptr() in kept) == (not recompute, recompute)
+        y.square().sum().backward()
+        found.append([t.grad for t in leaves if t.grad is not None])
+    assert same(*found)

@@ -114,7 +114,12 @@ def fusion(x, *weights, grid=None):
     return lk.multi_block_linear_gelu([x, x + 1, x], *weights)
 
 
+def mlp(x, *weights, grid=None):
+    return lk.gelu_mlp(x, *weights)
+
+
 OPERATORS = [
+    (mlp, [(5, CHANNELS), (5,), (CHANNELS, 5), (CHANNELS,)]),
     (merge, [(5, 4 * CHANNELS), (5,), (CHANNELS, 5), (CHANNELS,)]),
     (conv, [(5, 4 * CHANNELS), (5,)]),
     (plain_conv, [(5, 4 * CHANNELS), (5,)]),

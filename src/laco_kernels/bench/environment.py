@@ -17,13 +17,14 @@ import laco_kernels
 from laco_kernels.kernels import select
 from laco_kernels.ops.activation import ACTIVATIONS
 from laco_kernels.ops.add_norm import KINDS
-from laco_kernels.ops.checks import LAYOUTS
+from laco_kernels.ops.checks import LAYOUTS, MLP_APPROXIMATIONS
 
 # The values of what select.FORMS names; None for the one that goes without saying.
 FORMS: dict[str, tuple[str | None, ...]] = {
     "patch_merge": LAYOUTS,
     "strided_conv_gelu": (None, "block"),
     "strided_conv": (None, "block"),
+    "gelu_mlp": MLP_APPROXIMATIONS,
     "add_norm": KINDS,
     "activate": ACTIVATIONS,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ERF, TANH = 1, 2
+ERF, TANH, QUICK = 1, 2, 3
 
 
 @triton.jit
@@ -39,22 +39,38 @@ def _phi_tanh(x):
 
 
 @triton.jit
+def times_sigmoid(x, ALPHA: tl.constexpr):
+    """Return ``x sigmoid(ALPHA x)`` and its derivative, from an exponential that cannot overflow."""
+    z = tl.exp(-tl.abs(ALPHA * x))
+    upper = 1.0 / (1.0 + z)
+    sigma = tl.where(x >= 0, upper, z * upper)
+    return x * sigma, sigma + ALPHA * x * (z * upper * upper)
+
+
+@triton.jit
 def gelu(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
-    """``x Phi(x)``, with Phi from erf (1) or from tanh (2) as in ``torch.nn.functional.gelu``."""
-    if ACTIVATION == 1:
+    """``x Phi(x)``, with Phi from erf (1) or from tanh (2) as in ``torch.nn.functional.gelu``, or ``x sigmoid(1.702 x)`` (3)."""
+    if ACTIVATION == 3:
+        value, _ = times_sigmoid(x, 1.702)
+    elif ACTIVATION == 1:
         phi, _ = _phi_erf(x, CHEAP)
+        value = x * phi
     else:
         phi, _ = _phi_tanh(x)
-    return x * phi
+        value = x * phi
+    return value
 
 
 @triton.jit
 def gelu_and_derivative(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
     """Return ``gelu(x)`` and ``gelu'(x)``."""
-    if ACTIVATION == 1:
+    if ACTIVATION == 3:
+        value, derivative = times_sigmoid(x, 1.702)
+    elif ACTIVATION == 1:
         phi, density = _phi_erf(x, CHEAP)
-        derivative = phi + x * density
+        value, derivative = x * phi, phi + x * density
     else:
         phi, slope = _phi_tanh(x)
+        value = x * phi
         derivative = phi + x * slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    return x * phi, derivative
+    return value, derivative

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from laco_kernels.kernels import pointwise
-from laco_kernels.kernels.common import GATHER, RESIDUAL, collected, column_sum, gathered, outer
+from laco_kernels.kernels.common import GATHER, RESIDUAL, activated, collected, column_sum, gathered, outer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +32,7 @@ def patch_merge_backward(
     prefix = windows.prefix_tokens
     g = grad[:, prefix:]
     dx = dweight1 = dbias1 = dweight2 = dbias2 = None
-    act = F.gelu(pre, approximate=approximate) if needs[3] and not any(needs[:3]) else None
+    act = activated(pre, approximate) if needs[3] and not any(needs[:3]) else None
     if any(needs[:3]):
         dpre, dbias1, act = pointwise.gelu_backward(g @ weight2, pre, approximate, with_sums=needs[2], with_act=needs[3])
         if needs[1]:
@@ -48,6 +47,9 @@ def patch_merge_backward(
     if needs[4]:
         dbias2 = column_sum(g)
     return [dx, dweight1, dbias1, dweight2, dbias2]
+
+
+gelu_mlp_backward = patch_merge_backward  # of a merge of one token a window, without a residual
 
 
 def strided_conv_backward(

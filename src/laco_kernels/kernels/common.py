@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from laco_kernels.kernels import pointwise
+import torch.nn.functional as F
+
+from laco_kernels.kernels import elementwise, pointwise
 from laco_kernels.kernels.gathered_gemm import BLOCK, CHANNEL_GROUP, MEAN, NO_RESIDUAL, RASTER
 from laco_kernels.kernels.launch import accumulator_torch
 
@@ -26,6 +28,13 @@ def gathered(x: torch.Tensor, windows: Windows, layout: str) -> torch.Tensor:
     merged = x.new_empty(x.shape[0], windows.num_windows, windows.ratio**2 * x.shape[2])
     pointwise.split(x, windows, GATHER[layout], merged, NO_RESIDUAL, None, None)
     return merged
+
+
+def activated(pre: torch.Tensor, approximate: str) -> torch.Tensor:
+    """``gelu(pre)``, one pass; torch's own where it is one of torch's."""
+    if approximate == "sigmoid":
+        return elementwise.activate_forward(pre, activation="quick_gelu")
+    return F.gelu(pre, approximate=approximate)
 
 
 def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

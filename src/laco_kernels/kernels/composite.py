@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 from laco_kernels.kernels import pointwise
 from laco_kernels.kernels.backward import (
+    gelu_mlp_backward,
     multi_block_linear_gelu_backward,
     patch_merge_backward,
     strided_conv_backward,
     strided_conv_gelu_backward,
 )
-from laco_kernels.kernels.common import GATHER, RESIDUAL, collected, gathered
+from laco_kernels.kernels.common import GATHER, RESIDUAL, activated, collected, gathered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from laco_kernels.geometry import Windows
 
 __all__ = [
+    "gelu_mlp_backward",
+    "gelu_mlp_forward",
     "multi_block_linear_gelu_backward",
     "multi_block_linear_gelu_forward",
     "patch_merge_backward",
@@ -52,10 +55,10 @@ def patch_merge_forward(
     is_view = layout == "block" and not prefix and x.is_contiguous()
     shape = (batch, rows, weight1.shape[1])
     merged = x.view(shape) if is_view else x.new_empty(shape)
-    y = x.new_empty(batch, prefix + rows, out)
+    has_residual = residual_kind != "none"
+    y = x.new_empty((batch, prefix + rows, out) if prefix or has_residual else (0,))
     if prefix:
         y[:, :prefix] = x[:, :prefix]
-    has_residual = residual_kind != "none"
     if has_residual or not is_view:
         pointwise.split(
             x,
@@ -67,7 +70,7 @@ def patch_merge_forward(
             bias2,
         )
     pre = F.linear(merged, weight1, bias1)
-    act = F.gelu(pre, approximate=approximate)
+    act = activated(pre, approximate)
     if has_residual:
         body = y[:, prefix:]
         if not prefix:
@@ -76,9 +79,14 @@ def patch_merge_forward(
             body += F.linear(act, weight2)
         else:
             torch.baddbmm(body, act, weight2.t().expand(batch, -1, -1), out=body)
-    else:
+    elif prefix:
         y[:, prefix:] = F.linear(act, weight2, bias2)
+    else:
+        y = F.linear(act, weight2, bias2)
     return y, pre if save else x.new_empty(0)
+
+
+gelu_mlp_forward = patch_merge_forward  # a merge of one token a window, without a residual
 
 
 def strided_conv_forward(

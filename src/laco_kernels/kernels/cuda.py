@@ -18,6 +18,7 @@ import torch
 from laco_kernels.errors import UnsupportedError, complaint
 from laco_kernels.kernels import select
 from laco_kernels.kernels.backward import (
+    gelu_mlp_backward,
     multi_block_linear_gelu_backward,
     patch_merge_backward,
     strided_conv_backward,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from laco_kernels.geometry import Windows
 
 __all__ = [
+    "gelu_mlp_backward",
+    "gelu_mlp_forward",
     "multi_block_linear_gelu_backward",
     "multi_block_linear_gelu_forward",
     "patch_merge_backward",
@@ -66,6 +69,8 @@ def patch_merge_forward(
     hidden, out = weight1.shape[0], weight2.shape[0]
     if windows.ratio > MOST_SIDE:
         raise _unsupported("ratio", windows.ratio, f"at most {MOST_SIDE}")
+    if approximate not in GELU:
+        raise _unsupported("approximate", repr(approximate), " or ".join(map(repr, GELU)))
     if residual_kind == "channel_group":
         raise _unsupported("residual", "'channel_group'", "'mean' or 'none'")
     tokens = _tokens("x", x, batch * rows)
@@ -91,6 +96,9 @@ def patch_merge_forward(
     else:
         _gemm([act], y[:, prefix:], weight2, bias2, **source)
     return y, pre
+
+
+gelu_mlp_forward = patch_merge_forward  # a merge of one token a window, without a residual
 
 
 def strided_conv_forward(

@@ -8,30 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
-from laco_kernels.kernels.activation import ERF, TANH, gelu_and_derivative
+from laco_kernels.kernels.activation import ERF, QUICK, TANH, gelu_and_derivative, times_sigmoid
 from laco_kernels.kernels.launch import PLANS, Plan, accumulator, is_cheap
 from laco_kernels.kernels.rows import rows_of
 
-QUICK, SILU = 3, 4  # beside ERF and TANH
+SILU = 4  # beside those of GELU
 ACTIVATIONS = {"gelu": ERF, "gelu_tanh": TANH, "quick_gelu": QUICK}
 ROW_TILE, COLUMN_TILE = 8, 256
 
 
 @triton.jit
-def _times_sigmoid(x, ALPHA: tl.constexpr):
-    """Return ``x sigmoid(ALPHA x)`` and its derivative, from an exponential that cannot overflow."""
-    z = tl.exp(-tl.abs(ALPHA * x))
-    upper = 1.0 / (1.0 + z)
-    sigma = tl.where(x >= 0, upper, z * upper)
-    return x * sigma, sigma + ALPHA * x * (z * upper * upper)
-
-
-@triton.jit
 def _value_and_slope(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
-    if ACTIVATION == 3:
-        value, slope = _times_sigmoid(x, 1.702)
-    elif ACTIVATION == 4:
-        value, slope = _times_sigmoid(x, 1.0)
+    if ACTIVATION == 4:
+        value, slope = times_sigmoid(x, 1.0)
     else:
         value, slope = gelu_and_derivative(x, ACTIVATION, CHEAP)
     return value, slope

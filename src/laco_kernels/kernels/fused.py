@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from laco_kernels.kernels import pointwise
-from laco_kernels.kernels.common import GATHER, RESIDUAL, collected, column_sum, gathered, outer
+from laco_kernels.kernels.common import GATHER, RESIDUAL, activated, collected, column_sum, gathered, outer
 from laco_kernels.kernels.gathered_gemm import gathered_gemm, tile_for
 from laco_kernels.kernels.launch import accumulator_torch
 
@@ -86,7 +85,7 @@ def patch_merge_backward(
     prefix = windows.prefix_tokens
     g = grad[:, prefix:]
     dx = dweight1 = dbias1 = dweight2 = dbias2 = None
-    act = F.gelu(pre, approximate=approximate) if needs[3] and not any(needs[:3]) else None
+    act = activated(pre, approximate) if needs[3] and not any(needs[:3]) else None
     if any(needs[:3]):
         dpre, act = torch.empty_like(pre), torch.empty_like(pre) if needs[3] else None
         tile = tile_for(batch * rows, hidden, pre.dtype, heavy=True)
@@ -129,6 +128,10 @@ def patch_merge_backward(
     if needs[4]:
         dbias2 = column_sum(g)
     return [dx, dweight1, dbias1, dweight2, dbias2]
+
+
+# A merge of one token a window, without a residual.
+gelu_mlp_forward, gelu_mlp_backward = patch_merge_forward, patch_merge_backward
 
 
 def strided_conv_forward(

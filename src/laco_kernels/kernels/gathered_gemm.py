@@ -291,7 +291,7 @@ def gathered_gemm(
         gather: how a row finds its tokens: ``ROWS``, or ``RASTER`` / ``BLOCK`` windows.
         windows: the windows of ``gather``, ``scatter`` and ``residual``.
         bias: ``[N]``.
-        activation: ``"none"`` (erf) or ``"tanh"`` to apply GELU, ``None`` for none.
+        activation: ``"none"`` (erf), ``"tanh"`` or ``"sigmoid"`` to apply GELU, ``None`` for none.
         save_pre: ``[B, rows, N]``, receives what GELU is applied to.
         derivative_at: ``[B, rows, N]`` pre-activations: multiply by GELU's derivative there instead of applying it.
         act: receives GELU of ``derivative_at``.

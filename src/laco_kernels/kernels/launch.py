@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.compiler import CompiledKernel
 
-from laco_kernels.kernels.activation import ERF, TANH
+from laco_kernels.kernels.activation import ERF, QUICK, TANH
 from laco_kernels.kernels.passes import COMPILERS, LISTENERS, announce
 from laco_kernels.kernels.select import interpreted
 
@@ -96,7 +96,7 @@ def accumulator_torch(dtype: torch.dtype) -> torch.dtype:
 
 def activation_code(approximate: str) -> int:
     """Return the kernels' number for a GELU."""
-    return ERF if approximate == "none" else TANH
+    return {"none": ERF, "tanh": TANH, "sigmoid": QUICK}[approximate]
 
 
 def is_cheap(dtype: torch.dtype) -> bool:

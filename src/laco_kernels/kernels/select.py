@@ -38,7 +38,7 @@ MODULES = {
     "cuda": "laco_kernels.kernels.cuda",
 }
 IMPLEMENTATIONS = tuple(MODULES)
-OPERATORS = ("patch_merge", "strided_conv_gelu", "strided_conv", "multi_block_linear_gelu")
+OPERATORS = ("patch_merge", "strided_conv_gelu", "strided_conv", "multi_block_linear_gelu", "gelu_mlp")
 # The operators inside an encoder have modules of their own.
 TOWER_MODULES = {
     "reference": "laco_kernels.reference_tower",
@@ -50,6 +50,7 @@ FORMS = {
     "patch_merge": "layout",
     "strided_conv_gelu": "layout",
     "strided_conv": "layout",
+    "gelu_mlp": "approximate",
     "add_norm": "kind",
     "activate": "activation",
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from laco_kernels.geometry import Windows
 
 APPROXIMATIONS = ("none", "tanh")
+MLP_APPROXIMATIONS = (*APPROXIMATIONS, "sigmoid")
 LAYOUTS = ("raster", "block")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -32,8 +32,12 @@ def _merge(x: Any, weight1: Any, bias1: Any, weight2: Any, *rest: Any, out_shape
     return product_flops(x[0] * (out_shape[0][1] - prefix), weight1, weight2)
 
 
-def _merge_backward(grad: Any, x: Any, pre: Any, weight1: Any, weight2: Any, *settings: Any, **_: Any) -> int:
-    rows, needs = pre[0] * pre[1], settings[-1]
+def _mlp(x: Any, weight1: Any, bias1: Any, weight2: Any, *_: Any, **__: Any) -> int:
+    return product_flops(math.prod(x[:-1]), weight1, weight2)
+
+
+def _mlp_backward(grad: Any, x: Any, pre: Any, weight1: Any, weight2: Any, *settings: Any, **_: Any) -> int:
+    rows, needs = math.prod(pre[:-1]), settings[-1]
     hidden_gradient = any(needs[:3])
     return product_flops(rows, weight2) * (hidden_gradient + needs[3]) + product_flops(rows, weight1) * (needs[0] + needs[1])
 
@@ -72,7 +76,9 @@ def _packed_backward(grad: Any, x: Any, weights: Any, *settings: Any, **_: Any) 
 
 FORMULAS: dict[str, Callable[..., int]] = {
     "patch_merge": _merge,
-    "patch_merge_backward": _merge_backward,
+    "patch_merge_backward": _mlp_backward,
+    "gelu_mlp": _mlp,
+    "gelu_mlp_backward": _mlp_backward,
     "strided_conv_gelu": _linear,
     "strided_conv_gelu_backward": _conv_backward,
     "strided_conv": _plain_conv,

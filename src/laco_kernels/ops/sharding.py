@@ -46,6 +46,14 @@ def _merge_backward(*_: Any) -> Any:
     return rules(1, 4, 3, 2)
 
 
+def _mlp(x: Any, *parameters: Any) -> Any:
+    return _with_batch(x, _merge(x, *parameters))
+
+
+def _mlp_backward(grad: Any, x: Any, *_: Any) -> Any:
+    return _with_batch(x, _merge_backward())
+
+
 def _conv(x: Any, weight: Any, bias: Any, *_: Any) -> Any:
     return rules(2, 0, 1, 1 + (bias is not None))
 
@@ -101,6 +109,8 @@ def _with_batch(x: Any, placements: list[Any]) -> list[Any]:
 RULES = {
     "patch_merge": _merge,
     "patch_merge_backward": _merge_backward,
+    "gelu_mlp": _mlp,
+    "gelu_mlp_backward": _mlp_backward,
     "strided_conv_gelu": _conv,
     "strided_conv_gelu_backward": _conv_backward,
     "strided_conv": _plain_conv,
