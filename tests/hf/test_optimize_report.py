@@ -72,7 +72,8 @@ def test_what_somebody_else_changed_is_named_and_not_counted(change, when):
     assert [left.names for left in report.left] == [(f"encoder.layers.1{name}",)]
     assert report.left[0].reason.startswith(reason)
     assert f"encoder.layers.1{name} (" in str(report)
-    assert counts(report) == {"residual": layers, "linear": products, "patch": 1}
+    blocks = 3 if when == "before" and (change.startswith("block") or change == "layer, its class") else 4
+    assert counts(report) == {"residual": layers, "linear": products, "feed-forward": blocks, "patch": 1}
     torch.testing.assert_close(features(model, pixels()), expected, rtol=1e-9, atol=1e-9)
     assert lk.hf.optimize(model, impl="reference") == report
 
@@ -125,7 +126,7 @@ def test_a_layer_that_has_come_since_is_fused_too():
     model = made("siglip")
     lk.hf.optimize(model, impl="reference")
     model.encoder.layers[1] = made("siglip").encoder.layers[1]
-    assert counts(lk.hf.optimize(model, impl="reference")) == {"residual": 4, "linear": 12, "patch": 1}
+    assert counts(lk.hf.optimize(model, impl="reference")) == {"residual": 4, "linear": 12, "feed-forward": 4, "patch": 1}
 
 
 @pytest.mark.parametrize("family", list(STOCK))

@@ -14,16 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.activations import GELUTanh, QuickGELUActivation, SiLUActivation
-from transformers.models.aimv2.modeling_aimv2 import Aimv2Attention, Aimv2EncoderLayer, Aimv2MLP, Aimv2RMSNorm
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer
+from transformers.models.aimv2.modeling_aimv2 import Aimv2Attention, Aimv2EncoderLayer, Aimv2RMSNorm
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.internvl.modeling_internvl import (
     InternVLVisionAttention,
     InternVLVisionLayer,
-    InternVLVisionMLP,
     InternVLVisionRMSNorm,
 )
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer, SiglipMLP
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
 from laco_kernels.hf.encoders import (
     LacoAimv2EncoderLayer,
@@ -32,11 +30,12 @@ from laco_kernels.hf.encoders import (
     LacoInternVLVisionLayer,
     LacoSiglipEncoderLayer,
 )
-from laco_kernels.hf.fusing import Fused, implementation, is_patched, is_plain, is_transformed, know
-from laco_kernels.hf.packs import Call, PackedLinear, running
-from laco_kernels.ops.activation import run_activate, run_gated_silu
+from laco_kernels.hf.fused_mlps import MLPS
+from laco_kernels.hf.fusing import Fused, implementation, is_plain, know
+from laco_kernels.hf.packs import Call, running
 from laco_kernels.ops.add_norm import run_add_norm
 from laco_kernels.ops.checks import is_autocast
+from laco_kernels.ops.gelu_mlp import Norm
 
 
 def fits(x: torch.Tensor, mixed: bool, *vectors: torch.Tensor | None) -> bool:
@@ -82,73 +81,6 @@ class FusedInternVLVisionRMSNorm(FusedRMSNorm, InternVLVisionRMSNorm):
 RMS_NORMS = (Aimv2RMSNorm, InternVLVisionRMSNorm, FusedAimv2RMSNorm, FusedInternVLVisionRMSNorm)
 
 
-SILU = (nn.SiLU, SiLUActivation)
-
-
-class FusedAimv2MLP(Fused, Aimv2MLP):
-    """SwiGLU with gate and up in one product and their gating in one pass."""
-
-    stock = Aimv2MLP
-    gate_proj: PackedLinear
-    up_proj: PackedLinear
-    down_proj: nn.Linear
-    act_fn: nn.Module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the feed-forward block to ``[..., C]``."""
-        impl = implementation(self, "gated_silu", x)
-        h = self.gate_proj.pack.product(x) if impl is not None and self._is_known() else None
-        if h is None or impl is None:
-            return super().forward(x)
-        return self.down_proj(run_gated_silu(h, impl))
-
-    def _is_known(self) -> bool:
-        """Return whether the layers passed over are those of the pack, in its order, and compute what they always did."""
-        gate, up = self.gate_proj, self.up_proj
-        if not is_plain(gate, PackedLinear) or not is_plain(up, PackedLinear) or not is_plain(self.act_fn, *SILU):
-            return False
-        return gate.pack.members == [gate, up]
-
-
-class FusedQuickGELU(Fused, QuickGELUActivation):
-    """CLIP's activation in one pass instead of three."""
-
-    stock = QuickGELUActivation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply it to ``[..., F]``."""
-        impl = implementation(self, "activate", x, "quick_gelu")
-        return super().forward(x) if impl is None else run_activate(x, "quick_gelu", impl)
-
-
-class FusedSiglipMLP(Fused, SiglipMLP):
-    """The first product with bias and tanh-GELU in its epilogue, where nothing has to be kept for a backward pass."""
-
-    stock = SiglipMLP
-    fc1: nn.Linear
-    fc2: nn.Linear
-    activation_fn: nn.Module
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Apply the feed-forward block to ``[..., C]``."""
-        layer = self.fc1
-        tensors = (hidden_states, layer.weight, layer.bias)
-        if (
-            (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-            or is_autocast(hidden_states)
-            or not hidden_states.is_cuda
-            or is_transformed()
-            or is_patched(type(self))
-            or not is_plain(layer, nn.Linear)
-            or not is_plain(self.activation_fn, GELUTanh)
-        ):
-            return super().forward(hidden_states)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        # cuBLASLt's epilogue; on what it does not support torch computes the same in two passes.
-        made = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
-        return self.fc2(made.view(*hidden_states.shape[:-1], -1))
-
-
 class FusedLayer(Fused):
     """Mixin for an encoder layer that takes residual sum, LayerScale and the second norm in one pass."""
 
@@ -190,6 +122,8 @@ class FusedLayer(Fused):
         if mixed or attended.dtype == hidden_states.dtype:
             eps = norm2.eps if is_layer else norm2.variance_epsilon
             total, normed = run_add_norm(hidden_states, attended, norm2.weight, bias, scale1, kind, eps, impl)
+            if call is not None and normed.requires_grad:
+                call.normed = normed, normed._version, Norm(total, norm2.weight, bias, kind, eps, impl)
         else:
             total = hidden_states + (attended if scale1 is None else scale1 * attended)
             normed = norm2(total)
@@ -274,7 +208,6 @@ NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # Under autocast these read a norm's output in nothing but products.
 ATTENTIONS = (Aimv2Attention, SiglipAttention, CLIPAttention, InternVLVisionAttention, LacoInternVLVisionAttention)
-MLPS = (Aimv2MLP, SiglipMLP, CLIPMLP, InternVLVisionMLP, FusedAimv2MLP, FusedSiglipMLP)
 
-know(Aimv2EncoderLayer, SiglipEncoderLayer, CLIPEncoderLayer, InternVLVisionLayer, Aimv2MLP, SiglipMLP, CLIPMLP)
-know(InternVLVisionMLP, nn.LayerNorm, Aimv2RMSNorm, InternVLVisionRMSNorm, *SILU, GELUTanh, QuickGELUActivation, *ATTENTIONS)
+know(Aimv2EncoderLayer, SiglipEncoderLayer, CLIPEncoderLayer, InternVLVisionLayer)
+know(nn.LayerNorm, Aimv2RMSNorm, InternVLVisionRMSNorm, *ATTENTIONS)

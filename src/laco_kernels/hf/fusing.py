@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from laco_kernels.kernels import select
-from laco_kernels.ops.checks import autocast_dtype
+from laco_kernels.ops.checks import MLP_APPROXIMATIONS, autocast_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ def is_patched(kind: type[nn.Module]) -> bool:
     return FORWARDS.get(stock, stock.forward) is not stock.forward
 
 
-SMALL_GAINS = ("layer", "quick_gelu")  # forms whose stock code is a few launches
+SMALL_GAINS = ("layer", "quick_gelu", *MLP_APPROXIMATIONS)  # forms whose stock code is a few launches
 
 
 def implementation(module: Fused, op: str, x: torch.Tensor, form: str | None = None) -> str | None:

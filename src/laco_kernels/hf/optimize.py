@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import GELUTanh, QuickGELUActivation
+from transformers.activations import QuickGELUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
-from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from laco_kernels.errors import complaint
-from laco_kernels.hf import fused, fused_embeddings
+from laco_kernels.hf import fused, fused_embeddings, fused_mlps
 from laco_kernels.hf.encoders import FAMILIES
 from laco_kernels.hf.fusing import Fused
 from laco_kernels.hf.graphs import GraphedForward, is_sharded
@@ -260,13 +259,15 @@ def _fuse(encoder: PreTrainedModel, impl: str | None) -> None:
 
 
 def _fuse_mlp(mlp: Any, impl: str | None) -> None:
-    if type(mlp) is Aimv2MLP and type(mlp.act_fn) in fused.SILU:
+    if type(mlp) is Aimv2MLP and type(mlp.act_fn) in fused_mlps.SILU:
         if _become(mlp, impl):
             _pack([mlp.gate_proj, mlp.up_proj], impl)
-    elif type(getattr(mlp, "activation_fn", None)) is QuickGELUActivation:
-        _become(mlp.activation_fn, impl)
-    elif type(mlp) is SiglipMLP and type(mlp.activation_fn) is GELUTanh:
+        return
+    activation: Any = getattr(mlp, "activation_fn", None)
+    if type(mlp) in fused_mlps.GELU_MLPS and type(activation) in fused_mlps.APPROXIMATIONS:
         _become(mlp, impl)
+    if type(activation) is QuickGELUActivation:
+        _become(activation, impl)
 
 
 def _embeds_patches(conv: Any) -> bool:

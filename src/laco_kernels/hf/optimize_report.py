@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.activations import QuickGELUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
-from transformers.models.siglip.modeling_siglip import SiglipMLP
 
-from laco_kernels.hf import fused, fused_embeddings
+from laco_kernels.hf import fused, fused_embeddings, fused_mlps
 from laco_kernels.hf.fusing import LEAST, SMALL_GAINS, Fused, is_patched
 from laco_kernels.hf.mixins import CompressedEncoder
 from laco_kernels.hf.packs import PackedLinear
@@ -29,9 +28,9 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     **fused_embeddings.EMBEDDINGS,
     nn.Linear: PackedLinear,
     nn.Conv2d: fused_embeddings.PatchProduct,
-    Aimv2MLP: fused.FusedAimv2MLP,
-    SiglipMLP: fused.FusedSiglipMLP,
-    QuickGELUActivation: fused.FusedQuickGELU,
+    **fused_mlps.GELU_MLPS,
+    Aimv2MLP: fused_mlps.FusedAimv2MLP,
+    QuickGELUActivation: fused_mlps.FusedQuickGELU,
 }
 STOCK = {kind: stock for stock, kind in FUSED.items()}
 COMMON = (nn.Linear, nn.Conv2d)  # whose subclasses are of all kinds
@@ -118,7 +117,7 @@ def _changes_inside(layer: Any) -> Iterator[tuple[str, str, Sequence[nn.Module]]
     change = change_of(norm) if type(norm) in (nn.LayerNorm, *fused.RMS_NORMS) else "not the norm of the stock layer"
     if change is not None:
         yield layer.norms[1], change, [layer]
-    if not isinstance(mlp, fused.MLPS):
+    if not isinstance(mlp, fused_mlps.MLPS):
         yield layer.mlp_name, "not the feed-forward block of the stock layer", []
     members = _sharing(layer)
     if len(members) != 3 or any(member.pack is not members[0].pack for member in members):
@@ -137,6 +136,7 @@ def make_report(encoder: PreTrainedModel, settings: Any) -> Report:
         if name not in names:
             names.append(name)
         idle.update(map(id, without))
+    blocks = [module for module in encoder.modules() if isinstance(module, fused_mlps.FusedGeluMLP)]
     kinds = [type(module) for module in encoder.modules() if id(module) not in idle]
     on_cpu = None if encoder.device.type == "cuda" else f"needs an NVIDIA GPU, not {encoder.device.type}"
     no_gpu = on_cpu if settings.impl is None else None
@@ -164,9 +164,16 @@ def make_report(encoder: PreTrainedModel, settings: Any) -> Report:
     add(sums, fused.FusedLayer, reason("add_norm", norm), small=norm in SMALL_GAINS)
     add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm", "rms"))
     add("linear layers that share a product", PackedLinear, no_gpu, small=True)
-    add("SwiGLU in one product and one pass", fused.FusedAimv2MLP, no_gpu or reason("gated_silu"))
-    add("quick GELU in one pass", fused.FusedQuickGELU, reason("activate", "quick_gelu"), small=True)
-    add("tanh-GELU inside the product before it, in inference", fused.FusedSiglipMLP, on_cpu)
+    add("SwiGLU in one product and one pass", fused_mlps.FusedAimv2MLP, no_gpu or reason("gated_silu"))
+    add("quick GELU in one pass", fused_mlps.FusedQuickGELU, reason("activate", "quick_gelu"), small=True)
+    add("tanh-GELU inside the product before it, in inference", fused_mlps.FusedSiglipMLP, on_cpu)
+    form = next((fused_mlps.APPROXIMATIONS.get(type(module.activation_fn)) for module in blocks), None)
+    add(
+        "feed-forward block that keeps no activation, in training",
+        fused_mlps.FusedGeluMLP,
+        reason("gelu_mlp", form),
+        small=True,
+    )
     add("patch embedding as one product", fused_embeddings.PatchProduct, no_gpu)
     order = no_gpu or _raster_order(encoder)
     add("patches embedded window by window", fused_embeddings.FusedEmbeddings, order, small=True)

@@ -15,18 +15,20 @@ from laco_kernels.ops.packed_linear import lay_together, run_packed_linear
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from laco_kernels.ops.gelu_mlp import Norm
     from laco_kernels.ops.packed_linear import Whole
 
 
 class Call:
     """One call of an encoder layer: what is known and computed ahead for the modules inside, gone when it returns."""
 
-    __slots__ = ("feeds", "shares")
+    __slots__ = ("feeds", "normed", "shares")
 
     def __init__(self) -> None:
         # By pack, which computes once a call; by linear layer: the input, what else must not have changed, and the output.
         self.shares: dict[Any, Any] = {}
         self.feeds: nn.Module | None = None  # a norm whose output nothing but products read
+        self.normed: tuple[torch.Tensor, int, Norm] | None = None  # what the second norm made, its version, and from what
 
 
 class Running(threading.local):

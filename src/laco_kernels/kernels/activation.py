@@ -49,7 +49,7 @@ def times_sigmoid(x, ALPHA: tl.constexpr):
 
 @triton.jit
 def gelu(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
-    """``x Phi(x)``, with Phi from erf (1) or from tanh (2) as in ``torch.nn.functional.gelu``, or ``x sigmoid(1.702 x)`` (3)."""
+    """``x Phi(x)``, Phi from erf (1) or tanh (2) as in ``torch.nn.functional.gelu``, or ``x sigmoid(1.702 x)`` (3)."""
     if ACTIVATION == 3:
         value, _ = times_sigmoid(x, 1.702)
     elif ACTIVATION == 1:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from laco_kernels.kernels import pointwise
 from laco_kernels.kernels.common import GATHER, RESIDUAL, activated, collected, column_sum, gathered, outer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from laco_kernels.geometry import Windows
 
