@@ -23,6 +23,7 @@ from transformers.models.internvl.modeling_internvl import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 
+from laco_kernels.hf import handing_on
 from laco_kernels.hf.encoders import (
     LacoAimv2EncoderLayer,
     LacoCLIPEncoderLayer,
@@ -32,6 +33,7 @@ from laco_kernels.hf.encoders import (
 )
 from laco_kernels.hf.fused_mlps import MLPS
 from laco_kernels.hf.fusing import Fused, implementation, is_plain, know
+from laco_kernels.hf.handing_on import is_left_alone
 from laco_kernels.hf.packs import Call, running
 from laco_kernels.ops.add_norm import run_add_norm
 from laco_kernels.ops.checks import is_autocast
@@ -102,6 +104,8 @@ class FusedLayer(Fused):
 
     def _run(self, call: Call | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         norm1, norm2 = getattr(self, self.norms[0]), getattr(self, self.norms[1])
+        chain = None if call is None else handing_on.running.chain
+        normed1 = None if chain is None else chain.take(self, norm1, hidden_states)
         mlp = getattr(self, self.mlp_name)
         is_layer = isinstance(norm2, nn.LayerNorm)
         kind = "layer" if is_layer else "rms"
@@ -118,7 +122,7 @@ class FusedLayer(Fused):
             scale1, scale2 = getattr(self, self.scales[0]), getattr(self, self.scales[1])
         if not fits(hidden_states, mixed, norm2.weight, bias, scale1, scale2):
             return super().forward(hidden_states, *args, **kwargs)
-        attended = self.attend(norm1(hidden_states), *args, **kwargs)
+        attended = self.attend(norm1(hidden_states) if normed1 is None else normed1, *args, **kwargs)
         if mixed or attended.dtype == hidden_states.dtype:
             eps = norm2.eps if is_layer else norm2.variance_epsilon
             total, normed = run_add_norm(hidden_states, attended, norm2.weight, bias, scale1, kind, eps, impl)
@@ -130,7 +134,34 @@ class FusedLayer(Fused):
         made = mlp(normed)
         if self.scales is not None:
             made = self.dropout(made)
+        after: Any = None if chain is None else chain.following.get(id(self))
+        if chain is not None and after is not None and self._may_hand_on(after, total, made, scale2, kind):
+            norm = getattr(after, after.norms[0])
+            bias = norm.bias if is_layer else None
+            eps = norm.eps if is_layer else norm.variance_epsilon
+            total, normed = run_add_norm(total, made, norm.weight, bias, scale2, kind, eps, impl)
+            chain.leave(after, norm, total, normed)
+            return total
         return total + made if scale2 is None else torch.addcmul(total, made, scale2)
+
+    def _may_hand_on(self, after: Any, total: torch.Tensor, made: torch.Tensor, scale: Any, kind: str) -> bool:
+        """Return whether the next layer is sure to begin with a norm of this one's result."""
+        if type(after) not in FUSED_LAYERS or after.impl != self.impl or getattr(self, "merge", None) is not None:
+            return False
+        norm, mixed = getattr(after, after.norms[0]), is_autocast(total)
+        if not is_plain(norm, nn.LayerNorm, *RMS_NORMS) or kind != ("layer" if isinstance(norm, nn.LayerNorm) else "rms"):
+            return False
+        parameters = (norm.weight, norm.bias if kind == "layer" else None)
+        return (
+            (mixed or made.dtype == total.dtype)
+            # Under autocast foreign attention gets what a norm makes in the precision that it always had.
+            and (not mixed or is_plain(getattr(after, after.attention_name), *ATTENTIONS))
+            and all(p is None or (type(p) is nn.Parameter and p.device == total.device) for p in parameters)
+            and type(total) is torch.Tensor
+            and fits(total, mixed, *parameters, scale)
+            and is_left_alone(self)
+            and is_left_alone(after)
+        )
 
     def attend(self, normed: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """Call attention as the stock layer does, which hooks see, and return its first output."""
@@ -202,6 +233,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     LacoCLIPEncoderLayer: FusedLacoCLIPEncoderLayer,
     LacoInternVLVisionLayer: FusedLacoInternVLVisionLayer,
 }
+FUSED_LAYERS = frozenset(LAYERS.values())
 NORMS: dict[type[nn.Module], type[nn.Module]] = {
     Aimv2RMSNorm: FusedAimv2RMSNorm,
     InternVLVisionRMSNorm: FusedInternVLVisionRMSNorm,

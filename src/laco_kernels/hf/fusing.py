@@ -88,6 +88,17 @@ def is_watched(module: nn.Module) -> bool:
     return bool(own) or torch.nn.modules.module._has_any_global_hook()
 
 
+CAPTURING = "transformers.utils.output_capturing"  # its hooks note a layer's outputs and change nothing
+
+
+def is_called_for_others(module: nn.Module) -> bool:
+    """Return whether forward hooks wait for ``module`` to be called, other than those of transformers."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+
+
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Return whether ``module`` is of one of these very classes, runs their forward pass as it is, and nothing watches it."""
     kind = type(module)

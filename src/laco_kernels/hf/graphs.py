@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from laco_kernels.errors import complaint
-from laco_kernels.hf.fusing import is_transformed, launches_are_free
+from laco_kernels.hf.fusing import is_called_for_others, is_transformed, launches_are_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 100  # calls after which a graph that was not used makes room for others
 WARMUPS = 3  # calls before a capture, in which libraries choose and allocate what they need
-CAPTURING = "transformers.utils.output_capturing"  # its hooks note outputs while a forward pass is captured, which is enough
 CONFIGURED = ("output_hidden_states", "output_attentions", "return_dict", "_attn_implementation")
 SIMPLE = (bool, int, float, str, type(None))
 
@@ -91,14 +90,7 @@ class Anatomy:
         """Return whether somebody's hooks wait for modules inside, which a replay would pass over, or one of them trains."""
         if torch.nn.modules.module._has_any_global_hook():
             return True
-        for module in self.inner:
-            if module.training:
-                return True
-            if module._forward_hooks or module._forward_pre_hooks:
-                hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-                if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
-                    return True
-        return False
+        return any(module.training or is_called_for_others(module) for module in self.inner)
 
 
 class GraphedForward:

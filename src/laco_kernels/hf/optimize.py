@@ -14,7 +14,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
 
 from laco_kernels.errors import complaint
-from laco_kernels.hf import fused, fused_embeddings, fused_mlps
+from laco_kernels.hf import fused, fused_embeddings, fused_mlps, handing_on
 from laco_kernels.hf.encoders import FAMILIES
 from laco_kernels.hf.fusing import Fused
 from laco_kernels.hf.graphs import GraphedForward, is_sharded
@@ -252,6 +252,7 @@ def _fuse(encoder: PreTrainedModel, impl: str | None) -> None:
                 _pack([getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")], impl)
         elif (
             kind in fused.NORMS
+            or kind in handing_on.ENCODERS
             or (kind is nn.Conv2d and _embeds_patches(module))
             or (kind in fused_embeddings.EMBEDDINGS and module.config.compression["layout"] == "block")
         ):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.activations import QuickGELUActivation
 from transformers.models.aimv2.modeling_aimv2 import Aimv2MLP
 
-from laco_kernels.hf import fused, fused_embeddings, fused_mlps
+from laco_kernels.hf import fused, fused_embeddings, fused_mlps, handing_on
 from laco_kernels.hf.fusing import LEAST, SMALL_GAINS, Fused, is_patched
 from laco_kernels.hf.mixins import CompressedEncoder
 from laco_kernels.hf.packs import PackedLinear
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     **fused.LAYERS,
+    **handing_on.ENCODERS,
     **fused.NORMS,
     **fused_embeddings.EMBEDDINGS,
     nn.Linear: PackedLinear,
@@ -162,6 +164,9 @@ def make_report(encoder: PreTrainedModel, settings: Any) -> Report:
 
     sums = "residual sum, LayerScale and norm in one pass"
     add(sums, fused.FusedLayer, reason("add_norm", norm), small=norm in SMALL_GAINS)
+    if pairs := sum(map(_hands_on, encoder.modules())):
+        only = large if norm in SMALL_GAINS and settings.impl is None and reason("add_norm", norm) is None else None
+        parts.append(Part("norm of the next layer in one pass with the sum before it", pairs, reason("add_norm", norm), only))
     add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm", "rms"))
     add("linear layers that share a product", PackedLinear, no_gpu, small=True)
     add("SwiGLU in one product and one pass", fused_mlps.FusedAimv2MLP, no_gpu or reason("gated_silu"))
@@ -182,6 +187,17 @@ def make_report(encoder: PreTrainedModel, settings: Any) -> Report:
     if settings.graphs:
         parts.append(Part("CUDA graphs, in inference", 1, on_cpu))
     return Report(tuple(parts), tuple(Left(tuple(names), *key) for key, names in grouped.items()))
+
+
+def _hands_on(encoder: nn.Module) -> int:
+    """Count the layers that hand the next one its input normalised, where this module calls layers one after the other."""
+    if not isinstance(encoder, handing_on.FusedEncoder) or change_of(encoder) is not None:
+        return 0
+    found = [
+        isinstance(layer, fused.FusedLayer) and isinstance(after, fused.FusedLayer) and getattr(layer, "merge", None) is None
+        for layer, after in pairwise(getattr(encoder, encoder.layers_name))
+    ]
+    return sum(found)
 
 
 def _raster_order(encoder: PreTrainedModel) -> str | None:
