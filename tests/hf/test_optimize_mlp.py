@@ -83,10 +83,15 @@ def test_a_training_step_keeps_at_most_three_quarters_of_what_eager_keeps(name):
 
 @families
 def test_the_activation_and_its_input_are_not_kept(family, blocks):
-    model, x = made(family, intermediate_size=56), pixels()
-    wide = [sum(shape[-1] == 56 for shape in kept_bytes(model, x)[1])]
+    model, x = made(family, intermediate_size=52), pixels()
+
+    def hidden():
+        """How many tensors of an activation's size are kept; SigLIP's head has one token an image."""
+        return sum(shape[-1] == 52 and shape.numel() >= 2 * 16 * 52 for shape in kept_bytes(model, x)[1])
+
+    wide = [hidden()]
     lk.hf.optimize(model, impl="reference")
-    wide.append(sum(shape[-1] == 56 for shape in kept_bytes(model, x)[1]))
+    wide.append(hidden())
     assert wide == [4 * (3 if family == "clip" else 2), 4]
     assert len(blocks) == 4
     assert all(norm is not None for *_, norm in blocks)
@@ -101,7 +106,7 @@ def test_in_inference_only_a_measured_choice_runs_it(family, blocks, monkeypatch
     features(model, x)
     assert not blocks
     lk.hf.restore(model)
-    asked = []
+    asked, wins = [], ()
 
     def choose(op, direction, device, dtype, rows, form=None):
         asked.append((op, direction, form))
@@ -195,7 +200,7 @@ def test_patched_activations_are_respected(family, blocks, monkeypatch):
     monkeypatch.setattr(stock, "forward", lambda self, x: calls.append(1) or x.tanh())
     outcome(model, x)
     assert not blocks
-    assert len(calls) == 4
+    assert len(calls) == 4 + (family == "siglip")  # whose head has one, too
 
 
 @families
@@ -217,10 +222,11 @@ def test_training_under_autocast_keeps_the_promise(family, blocks):
 def test_a_compiler_traces_a_training_step(family):
     model, x = made(family, num_hidden_layers=2), pixels()
     expected = outcome(model, x)
+    used = [p for p in model.parameters() if p.grad is not None]
     lk.hf.optimize(model, impl="reference")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     y = compiled(x).last_hidden_state
     model.zero_grad()
     y.square().sum().backward()
-    ours = [y.detach(), *[p.grad for p in model.parameters() if p.grad is not None]]
+    ours = [y.detach(), *[p.grad for p in used]]
     assert_close(ours, expected)

@@ -101,14 +101,16 @@ class FusedGeluMLP(Fused):
             or not is_plain(activation, type(activation))
         ):
             return None
-        parameters = (first.weight, first.bias, second.weight, second.bias)
-        mixed, saves = is_autocast(x), needs_saving((x, *parameters))
-        if not saves and approximate == "tanh" and first.bias is not None and x.is_cuda and not mixed:
+        mixed, keeps = is_autocast(x), needs_saving((x, first.weight, first.bias))
+        if not keeps and approximate == "tanh" and first.bias is not None and x.is_cuda and not mixed:
             rows = x.reshape(-1, x.shape[-1])
             # cuBLASLt's epilogue; on what it does not support torch computes the same in two passes.
             made = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
             return second(made.view(*x.shape[:-1], -1))
-        if (not saves and self.impl is not None) or not is_plain(second, nn.Linear):
+        if not is_plain(second, nn.Linear):
+            return None
+        parameters = (first.weight, first.bias, second.weight, second.bias)
+        if self.impl is not None and not needs_saving((x, *parameters)):
             return None
         for parameter in parameters:
             if parameter is not None and (type(parameter) is not nn.Parameter or (parameter.dtype != x.dtype and not mixed)):
