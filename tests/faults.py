@@ -32,6 +32,9 @@ TOWER, TOWER_TILES, TOWER_FAR, TOWER_AROUND, TOWER_MEMORY, TOWER_RANGE, ROUNDED,
         "over_their_whole_range", "rounds_once", "test_rows_are_views",
     )
 )  # fmt: skip
+MLP, RECOMPUTED = "tests/kernels/test_kernels.py -k 'test_cases and gelu_mlp'", "tests/ops/test_direct.py -k feed_forward"
+RESPECTED = "tests/hf/test_optimize_mlp.py -k 'internvl and (written_to or changed_runs)'"
+WAITS, HANDED = (f"tests/hf/test_optimize_handing_on.py -k '{name}'" for name in ("waits", "siglip or somebody"))
 HOPPER = "tests/kernels/test_cuda.py"
 TOWER_REFERENCE, SAVED = "tests/test_reference_tower.py", "tests/ops/test_tower_ops.py -k test_add_norm_saves"
 CONNECTORS, CHANGED = (
@@ -47,7 +50,8 @@ FILES |= {
 }
 FILES |= {name: f"kernels/{name}.py" for name in ("norm", "elementwise", "rows")}
 FILES |= {name: f"{name}.py" for name in ("reference", "reference_tower", "geometry")}
-FILES |= {"add_norm": "ops/add_norm.py", "connectors": "hf/connectors.py"}
+FILES |= {"add_norm": "ops/add_norm.py", "connectors": "hf/connectors.py", "gelu_mlp": "ops/gelu_mlp.py"}
+FILES |= {"fused_mlps": "hf/fused_mlps.py", "handing_on": "hf/handing_on.py", "layers": "hf/fused.py"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,9 @@ FAULTS = [
     Fault("elementwise", "up is left out", "b_y *= tl.load(p_tile + N", "b_y *= 1.0 + 0.0 * tl.load(p_tile + N", TOWER),
     Fault("elementwise", "both gradients are written to the gate", "tl.store(p_out + N, ", "tl.store(p_out, ", TOWER),
     Fault("elementwise", "the gradient's rows are of half the width", ".to(tl.int64) * (2 * N)", ".to(tl.int64) * N", TOWER),
-    Fault("activation", "a digit of quick GELU", "times_sigmoid(x, 1.702)", "times_sigmoid(x, 1.7)", TOWER_RANGE),
+    Fault("activation", "a digit of quick GELU", "derivative = times_sigmoid(x, 1.702)",
+        "derivative = times_sigmoid(x, 1.7)", TOWER_RANGE),
+    Fault("activation", "SiLU for quick GELU", "value, _ = times_sigmoid(x, 1.702)", "value, _ = times_sigmoid(x, 1.0)", MLP),
     Fault("activation", "the derivative of SiLU for quick GELU", "sigma + ALPHA * x *", "sigma + x *", TOWER_RANGE),
     Fault("activation", "the left half is the right one", "tl.where(x >= 0, upper, z * upper)", "upper", TOWER_RANGE),
     Fault("elementwise", "a column too many", "(o_n < N)[None, :]\n    p_tile", "(o_n <= N)[None, :]\n    p_tile",
@@ -234,6 +240,17 @@ FAULTS = [
     Fault("connectors", "a weight that counts from zero", "1.0 + norm.weight.float()", "norm.weight.float()", CONNECTORS),
     Fault("geometry", "tiles of a transposed image", "unflatten(1, (height, r, width, r))",
         "unflatten(1, (width, r, height, r))", GEOMETRY),
+    Fault("gelu_mlp", "a norm's input for what it made", "*ctx.norm)[1]", "*ctx.norm)[0]", RECOMPUTED),
+    Fault("fused_mlps", "what a hook wrote to is made again", " and version == x._version", "", RESPECTED),
+    Fault("fused_mlps", "hooks on the activation are passed over", "or not is_plain(activation, type(activation))", "",
+        RESPECTED),
+    Fault("handing_on", "any input will do", " or waiting.total is not x", "", WAITS),
+    Fault("handing_on", "what was written to is taken", "None if t.is_inference() else t._version", "None", WAITS),
+    Fault("handing_on", "what is recomputed is handed on", "not (layer.training and ", "not (False and ", HANDED),
+    Fault("handing_on", "hooks of a layer are passed over", "and not is_called_for_others(layer)", "", HANDED),
+    Fault("handing_on", "a chain outlives its encoder", "running.chain = outer\n", "pass\n", HANDED),
+    Fault("layers", "a merge is passed over", ' or getattr(self, "merge", None) is not None', "", HANDED),
+    Fault("layers", "parameters of any class are read", "type(p) is nn.Parameter and ", "", HANDED),
     Fault("connectors", "dropout is left out", "(mlp.training and mlp.dropout)", "False", CHANGED),
 ]  # fmt: skip
 

@@ -115,14 +115,14 @@ def test_the_plan_begins_with_the_goals_then_encoders_then_what_runs_in_them():
     assert suites[:10] == ["ops"] * 10
     assert suites[10:14] == ["generate", "generate", "step", "step"], "whole models with a goal"
     assert suites[14:21] == ["vec"] * 7
-    assert suites[21:65] == ["tower"] * 44
-    assert [unit.cases[0]["layout"] for unit in units[65:95]] == 3 * [*["block"] * 9, "raster"]
-    assert "backward" in {unit.cases[0]["direction"] for unit in units[95:109]}, "what the selection needs comes early"
-    assert suites[109:122] == ["sweep"] * 13
+    assert suites[21:77] == ["tower"] * 56
+    assert [unit.cases[0]["layout"] for unit in units[77:107]] == 3 * [*["block"] * 9, "raster"]
+    assert "backward" in {unit.cases[0]["direction"] for unit in units[107:121]}, "what the selection needs comes early"
+    assert suites[121:134] == ["sweep"] * 13
     kinds = [unit.kind for unit in units]
     assert kinds.index("max-autotune") == kinds.index("vec compile") + 1 == len(units) - 10, "what eats the budget comes last"
     names = [unit.name for unit in units]
-    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13 + 44 + 4
+    assert len(set(names)) == len(names) == 168 + 27 + 10 + 8 + 13 + 56 + 4
     assert suites.count("sweep") == 13
 
 

@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 CASES = {(case.op, case.direction): case for case in op_cases.tiny(op_cases.op_cases("float32")) if case.grid == (6, 6)}
 INSIDE = {(case.grid, case.direction): case for case in op_cases.tiny(op_cases.encoder_cases("float32"))}
 MERGE, BLOCK = CASES["patch_merge", "forward"], INSIDE[(6, 6), "forward"]
-every_case = pytest.mark.parametrize("case", [*CASES.values(), *INSIDE.values()], ids=str)
+BLOCKS = [case for case in op_cases.tiny(op_cases.mlp_cases("float32")) if case.batch == 4]
+every_case = pytest.mark.parametrize("case", [*CASES.values(), *INSIDE.values(), *BLOCKS], ids=str)
 
 
 def eager(case, delay=0.0, factor=1.0):
@@ -130,7 +131,7 @@ def test_a_case_whose_reference_does_not_fit_is_skipped_with_the_reason(monkeypa
 @every_case
 def test_every_eager_way_of_computing_is_right(case):
     names = operators.names(case, CPU, ["eager", "eager-conv"])
-    assert len(names) == (1 if case.layout == "block" else 2)
+    assert len(names) == (1 if case.layout == "block" or case.op == "gelu_mlp" else 2)
     rivals = {name: op_variants.function(case, name) for name in names}
     found = measure_case(case, CPU, {**rivals, "products": None}, rounds=1, ceilings={"tflops": 1.0, "gbs": 1.0})
     for name in rivals:

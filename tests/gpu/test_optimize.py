@@ -6,19 +6,17 @@ import threading
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
 
 import laco_kernels as lk
 from laco_kernels import testing
-from laco_kernels.bench import cases
 from tests.hf.encoders import STOCK, compressed, pixels, stock
+from tests.hf.full_size import REAL, beyond_the_promise, errors
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 families = pytest.mark.parametrize("family", list(STOCK))
-REAL = ["aimv2-l-336", "siglip-so400m-384", "internvit-300m-448", "clip-l-336"]
 
 
 def small(family, kind="compressed", dtype=torch.float32):
@@ -39,34 +37,9 @@ def features(model, x, **options):
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_encoder_errs_no_more_than_eager(name):
     torch.use_deterministic_algorithms(False)  # cuDNN's attention warns that it is not
-    torch.manual_seed(0)
-    encoder = AutoModel.from_config(AutoConfig.from_pretrained(cases.FOLDER / name)).cuda()
-    model = lk.hf.compress(encoder, zero_init_last=False)
-    x = (
-        torch.randn(1, 3, encoder.config.image_size, encoder.config.image_size, device="cuda")
-        if isinstance(encoder.config.image_size, int)
-        else torch.randn(1, 3, *encoder.config.image_size, device="cuda")
-    )
-    names = [name for name, _ in model.named_parameters()]
-
-    def everything(model, x):
-        y = model(x).last_hidden_state
-        generator = torch.Generator().manual_seed(1)
-        grad = torch.randn(y.shape, generator=generator).to(y)
-        gradients = torch.autograd.grad(y, list(model.parameters()), grad, allow_unused=True)
-        return {"y": y.detach(), **{n: g for n, g in zip(names, gradients, strict=True) if g is not None}}
-
-    truth = everything(copy.deepcopy(model).double(), x.double())
-    model, x = model.bfloat16(), x.bfloat16()
-    eager = everything(model, x)
-    lk.hf.optimize(model, impl="triton")
-    ours = everything(model, x)
-    scale = {n: t.norm() for n, t in truth.items()}
-    errors = {n: [float((r[n].double() - truth[n]).norm() / scale[n]) for r in (ours, eager)] for n in truth if scale[n] > 0}
-    broken = {n: (mine, theirs) for n, (mine, theirs) in errors.items() if mine > 2 * theirs + torch.finfo(x.dtype).eps}
-    assert not broken
-    lk.hf.restore(model)
-    assert torch.equal(everything(model, x)["y"], eager["y"])
+    found, restored = errors(name, "cuda", torch.bfloat16, "triton")
+    assert not beyond_the_promise(found, torch.bfloat16)
+    assert restored
 
 
 @families

@@ -14,11 +14,11 @@ from laco_kernels.hf import fused_mlps, fusing
 from laco_kernels.kernels import select
 from laco_kernels.ops.gelu_mlp import run_gelu_mlp
 from tests.hf.encoders import pixels
+from tests.hf.full_size import REAL
 from tests.hf.optimised import features, made
 
 BLOCKS = ("siglip", "internvl", "clip")
 families = pytest.mark.parametrize("family", BLOCKS)
-REAL = ["aimv2-l-336", "siglip-so400m-384", "internvit-300m-448", "clip-l-336"]
 
 
 @pytest.fixture

@@ -26,7 +26,13 @@ ENCODERS: dict[str, tuple[tuple[int, int], int, int]] = {
 }
 BATCHES = (1, 4, 16, 64)
 DIRECTIONS = ("forward", "backward", "both")
-MERGE, CONV, FUSION = "patch_merge", "strided_conv_gelu", "multi_block_linear_gelu"
+MERGE, CONV, FUSION, MLP = "patch_merge", "strided_conv_gelu", "multi_block_linear_gelu", "gelu_mlp"
+# Hidden width and GELU of the feed-forward blocks that have one.
+BLOCKS_OF = {
+    "siglip-so400m-384": (4304, "tanh"),
+    "internvit-300m-448": (4096, "none"),
+    "clip-l-336": (4096, "sigmoid"),
+}
 BLOCKS = 8  # encoder blocks that MBTF fuses
 
 
@@ -48,6 +54,7 @@ class OpCase:
     dtype: str
     sweep: str | None = None
     layout: str = "raster"  # how the tokens lie; what is not the merge layer knows no other
+    approximate: str = "none"  # of GELU; what is no feed-forward block knows no other
 
     @property
     def windows(self) -> Windows:
@@ -57,8 +64,8 @@ class OpCase:
     @property
     def rows(self) -> int:
         """Tokens that the first product makes, over the batch."""
-        tokens = self.windows.num_patches if self.op == FUSION else self.windows.num_windows
-        return self.batch * tokens
+        by_op = {FUSION: self.windows.num_patches, MLP: self.windows.num_tokens}
+        return self.batch * by_op.get(self.op, self.windows.num_windows)
 
     @property
     def case(self) -> Case:
@@ -68,6 +75,9 @@ class OpCase:
         if self.op == FUSION:
             tokens = self.windows.num_tokens
             return Case(self.op, {**sizes, "tokens": tokens, "blocks": BLOCKS, "out": self.hidden}, options)
+        if self.op == MLP:
+            sizes |= {"tokens": self.windows.num_tokens, "hidden": self.hidden}
+            return Case(self.op, sizes, {"approximate": self.approximate})
         options |= {"grid": self.grid, "pad": not self.windows.is_even}
         if self.op == MERGE:
             options["layout"] = self.layout
@@ -86,13 +96,13 @@ class OpCase:
     @property
     def suite(self) -> str:
         """Where its rows belong."""
-        return "sweep" if self.sweep else "ops"
+        return "sweep" if self.sweep else "tower" if self.op == MLP else "ops"
 
     @property
     def tiny(self) -> OpCase:
         """The case at a size that a processor computes in no time."""
         grid = (self.grid[0] // 8 * 2 + self.grid[0] % 2, self.grid[1] // 8 * 2 + self.grid[1] % 2)
-        hidden = 16 * (self.hidden // self.channels)
+        hidden = 16 * round(self.hidden / self.channels)
         name = f"tiny-{self.encoder}"
         return replace(self, encoder=name, grid=grid, channels=16, hidden=hidden, batch=min(self.batch, 4))
 
@@ -107,6 +117,9 @@ class OpCase:
         facts = {**{name: getattr(self, name) for name in names}, "grid": list(self.grid)}
         if self.op == MERGE:
             facts["layout"] = self.layout
+        if self.op == MLP:
+            facts |= {"tokens": self.windows.num_tokens, "approximate": self.approximate}
+            del facts["grid"]
         return {**facts, "sweep": self.sweep} if self.sweep else facts
 
     @property
@@ -120,7 +133,7 @@ class OpCase:
     def __str__(self) -> str:
         grid = f"{self.grid[0]}x{self.grid[1]}"
         name = f"sweep-{self.sweep}" if self.sweep else self.encoder
-        name += f" {self.layout}" if self.op == MERGE else ""
+        name += {MERGE: f" {self.layout}", MLP: f" {self.approximate}"}.get(self.op, "")
         return f"{self.op} {name} grid={grid} batch={self.batch} hidden={self.hidden} {self.direction} {self.dtype}"
 
 
@@ -167,6 +180,16 @@ def encoder_cases(dtype: str) -> list[OpCase]:
         for factor in factors
     ]
     return [replace(case, layout="block") if case.windows.is_even else case for case in cases]
+
+
+def mlp_cases(dtype: str) -> list[OpCase]:
+    """Return the feed-forward blocks with GELU of the papers' encoders."""
+    return [
+        OpCase(MLP, encoder, *ENCODERS[encoder], hidden, batch, direction, dtype, approximate=approximate)
+        for encoder, (hidden, approximate) in BLOCKS_OF.items()
+        for batch in (1, 16)
+        for direction in ("forward", "backward")
+    ]
 
 
 def sweep_cases(dtype: str) -> list[OpCase]:

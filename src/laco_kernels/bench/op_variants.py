@@ -12,7 +12,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 from laco_kernels import reference, testing
-from laco_kernels.bench.op_cases import CONV, FUSION, MERGE, OpCase
+from laco_kernels.bench.op_cases import CONV, FUSION, MERGE, MLP, OpCase
 from laco_kernels.bench.tower_cases import GATE, INPUT, NORM, TowerOpCase
 from laco_kernels.kernels import select
 
@@ -38,6 +38,8 @@ def unavailable(variant: str, case: AnyCase, device: torch.device) -> str | None
         return f"{case.op} is no product"
     if variant in OURS and variant not in select.implementations(case.op):
         return f"{case.op} has no implementation of that name"
+    if variant == CONVOLUTION and case.op == MLP:
+        return "single tokens are no windows of an image"
     if variant == CONVOLUTION and isinstance(case, OpCase) and case.layout == "block":
         return "tokens that lie window by window are no image; a convolution would have to put them in raster order first"
     if variant not in OURS:
@@ -93,6 +95,9 @@ def _eager(case: OpCase, *tensors: torch.Tensor) -> torch.Tensor:
         # In block order without a prefix its space-to-depth is x.view(batch, windows, 4 * channels): nothing is copied.
         merge = functools.partial(reference.patch_merge_forward, windows=case.windows, layout=case.layout)
         return merge(x, weight1, bias1, weight2, bias2)[0]
+    if case.op == MLP:
+        x, weight1, bias1, weight2, bias2 = tensors
+        return F.linear(reference.gelu(F.linear(x, weight1, bias1), case.approximate), weight2, bias2)
     *xs, weight, bias = tensors
     if case.op == CONV:
         return reference.strided_conv_gelu_forward(xs[0], weight, bias, windows=case.windows)[0]
@@ -171,8 +176,8 @@ def product_shapes(case: AnyCase) -> list[tuple[int, int, int, bool]]:
     """Return ``(m, n, k, whether it is a weight gradient)`` of every product."""
     if isinstance(case, TowerOpCase):
         return []
-    area = {MERGE: 4, CONV: 4, FUSION: len(case.frozen)}[case.op] * case.channels
-    layers = [(case.hidden, area)] + ([(case.channels, case.hidden)] if case.op == MERGE else [])
+    area = {MERGE: 4, CONV: 4, FUSION: len(case.frozen), MLP: 1}[case.op] * case.channels
+    layers = [(case.hidden, area)] + ([(case.channels, case.hidden)] if case.op in (MERGE, MLP) else [])
     found: list[tuple[int, int, int, bool]] = []
     if case.direction != "backward":
         found += [(case.rows, out, inner, False) for out, inner in layers]

@@ -68,7 +68,7 @@ def plan(
     ops: Sequence[AnyCase] = op_cases.op_cases(dtype)
     inside: Sequence[AnyCase] = op_cases.encoder_cases(dtype)
     sweeps: Sequence[AnyCase] = op_cases.sweep_cases(dtype)
-    tower: Sequence[AnyCase] = tower_cases.tower_cases(dtype)
+    tower: Sequence[AnyCase] = [*tower_cases.tower_cases(dtype), *op_cases.mlp_cases(dtype)]
     if small:
         ops, inside, sweeps = op_cases.tiny(ops)[:3], op_cases.tiny(inside)[:1], op_cases.tiny(sweeps)[:2]
         tower = op_cases.tiny(tower)[:2]

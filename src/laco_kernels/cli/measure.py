@@ -64,7 +64,7 @@ def ops(
 ) -> None:
     """Measure the operators against eager, channels-last convolution and torch.compile on the papers' shapes.
 
-    Those inside an encoder (--filter add_norm, gated_silu, activate) against what the layers of transformers do there.
+    Those inside an encoder (--filter add_norm, gated_silu, activate, gelu_mlp) against what transformers' layers do there.
 
     Ratios are to the best eager row and the best torch.compile row, paired round by round in one interleaved run. A row that
     fails its check against float64 has no time.
@@ -74,7 +74,7 @@ def ops(
 
         others = _others(allow_busy, device)
         place, precision = parse_device(device), _precision(dtype, device)
-        every = (op_cases.op_cases, op_cases.encoder_cases, op_cases.sweep_cases, tower_cases.tower_cases)
+        every = (op_cases.op_cases, op_cases.encoder_cases, op_cases.sweep_cases, op_cases.mlp_cases, tower_cases.tower_cases)
         cases: list[tower_cases.AnyCase] = list(dict.fromkeys(case for part in every for case in part(precision)))
         cases = op_cases.tiny(cases) if tiny else cases
         chosen = [case for case in cases if matches(str(case), only or "")]

@@ -91,14 +91,15 @@ def optimize(
     Args:
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
             compressed. Optimise before wrapping it in DDP or sharding it by FSDP2.
-        fuse: residual sum, LayerScale and norm in one pass, RMSNorm in one pass; queries, keys and values as one product,
-            also SwiGLU's two; SwiGLU's and CLIP's activation in one pass; the patch embedding as one product, which in a
-            compressed encoder makes the tokens window by window; without gradients SigLIP's activation inside the product
-            before it.
+        fuse: residual sum, LayerScale and norm in one pass, also that at a layer's end with the next layer's norm; RMSNorm in
+            one pass; queries, keys and values as one product, also SwiGLU's two; SwiGLU's and CLIP's activation in one pass;
+            the patch embedding as one product, which in a compressed encoder makes the tokens window by window; without
+            gradients SigLIP's activation inside the product before it; with gradients feed-forward blocks with GELU that keep
+            neither their activation nor their input for the backward pass.
         graphs: replay the forward pass as a CUDA graph, captured for each shape, in evaluation mode and without gradients.
         compile: run the forward pass through ``torch.compile``, by its own defaults; with ``graphs`` that is captured.
         impl: the kernels' implementation, as for the operators: ``None`` is the measured choice, and only that may leave a
-            fusion inactive.
+            fusion inactive. Named, it is that of the passes between products, which are torch's own.
         max_bytes: bound on the memory that graphs hold; those not used for long make room, and a shape for which there is none
             runs as it is, with a warning.
         batch_sizes: with ``graphs``, pad batches to the next larger of these sizes.

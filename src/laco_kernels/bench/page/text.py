@@ -110,7 +110,8 @@ def form(case: dict[str, Any]) -> str:
     """``block order``, ``rms``, ``quick_gelu``; nothing in raster order, which is that of images."""
     if case.get("layout") == "block":
         return "block order"
-    return str(case.get("kind") or case.get("activation") or "")
+    approximate = {"none": "erf"}.get(case.get("approximate", ""), case.get("approximate"))
+    return str(case.get("kind") or case.get("activation") or approximate or "")
 
 
 def way(case: dict[str, Any]) -> str:
