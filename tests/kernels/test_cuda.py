@@ -47,7 +47,7 @@ def merge(batch=2, channels=16, hidden=24, **options):
 
 
 ABLE = [
-    *[testing.CASES[i] for i in (0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20)],
+    *[testing.CASES[i] for i in (0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20, 21)],
     merge(residual="none", prefix_tokens=1),
     merge(batch=1, residual="none", prefix_tokens=1),
     merge(layout="block", prefix_tokens=3),
@@ -205,6 +205,9 @@ def test_other_operators_refuse_too():
                 operator(x, x.new_zeros(8, 4096), None, grid=(1, 16), kernel_size=16, pad=True, prefix_tokens=1, impl="cuda")
         with pytest.raises(RuntimeError, match="xs: got 9 blocks, expected at most 8"):
             lk.multi_block_linear_gelu([x] * 9, x.new_zeros(8, 144), None, impl="cuda")
+        square = x.new_zeros(16, 16)
+        with pytest.raises(RuntimeError, match="approximate: got 'sigmoid', expected 'none' or 'tanh' for impl='cuda'"):
+            lk.gelu_mlp(x, square, None, square, None, approximate="sigmoid", impl="cuda")
         wide = x.repeat(1, 1, 2)[..., :16]
         with pytest.raises(
             RuntimeError, match=r"xs\[1\]: got strides \(544, 32, 1\), expected \(272, 16, 1\), those of xs\[0\]"
@@ -212,7 +215,7 @@ def test_other_operators_refuse_too():
             lk.multi_block_linear_gelu([x, wide], x.new_zeros(8, 32), None, impl="cuda")
 
 
-@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in testing.LARGE_CASES if c.options.get("approximate") != "sigmoid"], ids=str)
 def test_it_moves_as_many_bytes_as_the_triton_kernels(case):
     counts = []
     for impl in ("cuda", "triton"):

@@ -28,6 +28,7 @@ class Waiting(NamedTuple):
     """What one layer has normalised for the next."""
 
     layer: nn.Module
+    norm: nn.Module
     total: torch.Tensor
     normed: torch.Tensor
     state: tuple[Any, ...]
@@ -45,12 +46,12 @@ class Chain:
 
     def leave(self, layer: nn.Module, norm: nn.Module, total: torch.Tensor, normed: torch.Tensor) -> None:
         """Have ``normed``, what ``norm`` makes of ``total``, wait for ``layer``."""
-        self.waiting = Waiting(layer, total, normed, state_of(norm, total))
+        self.waiting = Waiting(layer, norm, total, normed, state_of(norm, total))
 
     def take(self, layer: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Return what waits for ``layer`` if it is what ``norm`` makes of ``x``; afterwards nothing waits."""
         waiting, self.waiting = self.waiting, None
-        if waiting is None or waiting.layer is not layer or waiting.total is not x:
+        if waiting is None or waiting.layer is not layer or waiting.norm is not norm or waiting.total is not x:
             return None
         return waiting.normed if waiting.state == state_of(norm, x) and is_plain(norm, type(norm)) else None
 
@@ -69,7 +70,7 @@ def state_of(norm: Any, x: torch.Tensor) -> tuple[Any, ...]:
     parameters = (norm.weight, getattr(norm, "bias", None))
     tensors = [(id(t), None if t.is_inference() else t._version) for t in (x, *parameters) if t is not None]
     eps = getattr(norm, "eps", None), getattr(norm, "variance_epsilon", None)
-    return id(norm), tensors, eps, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    return tensors, eps, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
 
 
 def is_left_alone(layer: Any) -> bool:

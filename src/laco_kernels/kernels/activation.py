@@ -68,9 +68,10 @@ def gelu_and_derivative(x, ACTIVATION: tl.constexpr, CHEAP: tl.constexpr):
         value, derivative = times_sigmoid(x, 1.702)
     elif ACTIVATION == 1:
         phi, density = _phi_erf(x, CHEAP)
-        value, derivative = x * phi, phi + x * density
+        derivative = phi + x * density
+        value = x * phi
     else:
         phi, slope = _phi_tanh(x)
-        value = x * phi
         derivative = phi + x * slope * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        value = x * phi
     return value, derivative
