@@ -31,6 +31,7 @@ class Waiting(NamedTuple):
     norm: nn.Module
     total: torch.Tensor
     normed: torch.Tensor
+    parameters: tuple[torch.Tensor | None, ...]
     state: tuple[Any, ...]
 
 
@@ -46,12 +47,14 @@ class Chain:
 
     def leave(self, layer: nn.Module, norm: nn.Module, total: torch.Tensor, normed: torch.Tensor) -> None:
         """Have ``normed``, what ``norm`` makes of ``total``, wait for ``layer``."""
-        self.waiting = Waiting(layer, norm, total, normed, state_of(norm, total))
+        self.waiting = Waiting(layer, norm, total, normed, parameters_of(norm), state_of(norm, total))
 
     def take(self, layer: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Return what waits for ``layer`` if it is what ``norm`` makes of ``x``; afterwards nothing waits."""
         waiting, self.waiting = self.waiting, None
         if waiting is None or waiting.layer is not layer or waiting.norm is not norm or waiting.total is not x:
+            return None
+        if not all(now is then for now, then in zip(parameters_of(norm), waiting.parameters, strict=True)):
             return None
         return waiting.normed if waiting.state == state_of(norm, x) and is_plain(norm, type(norm)) else None
 
@@ -65,12 +68,16 @@ class Running(threading.local):
 running = Running()
 
 
+def parameters_of(norm: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return a norm's weight and its bias, which RMSNorm has none of."""
+    return norm.weight, getattr(norm, "bias", None)
+
+
 def state_of(norm: Any, x: torch.Tensor) -> tuple[Any, ...]:
     """Return what must not have changed between a norm that was made ahead and its use."""
-    parameters = (norm.weight, getattr(norm, "bias", None))
-    tensors = [(id(t), None if t.is_inference() else t._version) for t in (x, *parameters) if t is not None]
+    versions = [None if t is None or t.is_inference() else t._version for t in (x, *parameters_of(norm))]
     eps = getattr(norm, "eps", None), getattr(norm, "variance_epsilon", None)
-    return tensors, eps, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    return versions, eps, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
 
 
 def is_left_alone(layer: Any) -> bool:
