@@ -114,7 +114,7 @@ class FusedLayer(Fused):
         # Under autocast foreign blocks and hooks get what a norm makes in the precision that it always had.
         if mixed and call is not None and is_plain(norm1, *RMS_NORMS):
             call.feeds = norm1 if is_plain(getattr(self, self.attention_name), *ATTENTIONS) else None
-        if impl is None or not is_plain(norm2, nn.LayerNorm, *RMS_NORMS) or (mixed and not is_plain(mlp, *MLPS)):
+        if impl is None or not self.takes_fused(mixed):
             return super().forward(hidden_states, *args, **kwargs)
         bias = norm2.bias if is_layer else None
         scale1 = scale2 = None
@@ -144,6 +144,11 @@ class FusedLayer(Fused):
             return total
         return total + made if scale2 is None else torch.addcmul(total, made, scale2)
 
+    def takes_fused(self, mixed: bool) -> bool:
+        """Return whether the modules inside are those that the fused forward pass knows."""
+        norm = getattr(self, self.norms[1])
+        return is_plain(norm, nn.LayerNorm, *RMS_NORMS) and (not mixed or is_plain(getattr(self, self.mlp_name), *MLPS))
+
     def _may_hand_on(self, after: Any, total: torch.Tensor, made: torch.Tensor, scale: Any, kind: str) -> bool:
         """Return whether the next layer is sure to begin with a norm of this one's result."""
         if type(after) not in FUSED_LAYERS or after.impl != self.impl or getattr(self, "merge", None) is not None:
@@ -154,6 +159,7 @@ class FusedLayer(Fused):
         parameters = (norm.weight, norm.bias if kind == "layer" else None)
         return (
             (mixed or made.dtype == total.dtype)
+            and after.takes_fused(mixed)
             # Under autocast foreign attention gets what a norm makes in the precision that it always had.
             and (not mixed or is_plain(getattr(after, after.attention_name), *ATTENTIONS))
             and all(p is None or (type(p) is nn.Parameter and p.device == total.device) for p in parameters)

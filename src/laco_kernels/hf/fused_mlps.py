@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -91,18 +91,23 @@ class FusedGeluMLP(Fused):
         return super().forward(hidden_states) if made is None else made
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
-        first, second, activation = self.fc1, self.fc2, self.activation_fn
+        children = self._modules  # a module's own look-up takes its time
+        activation: Any = children.get("activation_fn")
         approximate = APPROXIMATIONS.get(type(activation))
+        has_epilogue = approximate == "tanh" and x.is_cuda
+        if approximate is None or (self.impl is not None and not has_epilogue and not torch.is_grad_enabled()):
+            return None
+        first: Any = children["fc1"]
+        second: Any = children["fc2"]
         if (
-            approximate is None
-            or is_transformed()
+            is_transformed()
             or is_patched(type(self))
             or not is_plain(first, nn.Linear)
             or not is_plain(activation, type(activation))
         ):
             return None
         mixed, keeps = is_autocast(x), needs_saving((x, first.weight, first.bias))
-        if not keeps and approximate == "tanh" and first.bias is not None and x.is_cuda and not mixed:
+        if has_epilogue and not keeps and first.bias is not None and not mixed:
             rows = x.reshape(-1, x.shape[-1])
             # cuBLASLt's epilogue; on what it does not support torch computes the same in two passes.
             made = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
@@ -115,10 +120,9 @@ class FusedGeluMLP(Fused):
         for parameter in parameters:
             if parameter is not None and (type(parameter) is not nn.Parameter or (parameter.dtype != x.dtype and not mixed)):
                 return None
-        impl = implementation(self, "gelu_mlp", x, approximate)
-        if impl is None:
-            return None
-        return run_gelu_mlp(x, *parameters, approximate, BETWEEN_PRODUCTS.get(impl, impl) if self.impl else impl, _norm_of(x))
+        named = self.impl
+        impl = implementation(self, "gelu_mlp", x, approximate) if named is None else BETWEEN_PRODUCTS.get(named, named)
+        return None if impl is None else run_gelu_mlp(x, *parameters, approximate, impl, _norm_of(x))
 
 
 def _norm_of(x: torch.Tensor) -> Norm | None:

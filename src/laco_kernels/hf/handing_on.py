@@ -19,6 +19,7 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionEncoder
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from laco_kernels.hf.fusing import Fused, is_called_for_others, is_patched, is_plain, know
+from laco_kernels.ops.checks import is_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +55,8 @@ class Chain:
         waiting, self.waiting = self.waiting, None
         if waiting is None or waiting.layer is not layer or waiting.norm is not norm or waiting.total is not x:
             return None
-        if not all(now is then for now, then in zip(parameters_of(norm), waiting.parameters, strict=True)):
+        (weight, bias), then = parameters_of(norm), waiting.parameters
+        if weight is not then[0] or bias is not then[1]:
             return None
         return waiting.normed if waiting.state == state_of(norm, x) and is_plain(norm, type(norm)) else None
 
@@ -70,14 +72,15 @@ running = Running()
 
 def parameters_of(norm: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return a norm's weight and its bias, which RMSNorm has none of."""
-    return norm.weight, getattr(norm, "bias", None)
+    found = norm._parameters  # a module's own look-up takes its time
+    return found.get("weight"), found.get("bias")
 
 
 def state_of(norm: Any, x: torch.Tensor) -> tuple[Any, ...]:
     """Return what must not have changed between a norm that was made ahead and its use."""
     versions = [None if t is None or t.is_inference() else t._version for t in (x, *parameters_of(norm))]
-    eps = getattr(norm, "eps", None), getattr(norm, "variance_epsilon", None)
-    return versions, eps, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
+    attributes = norm.__dict__
+    return versions, attributes.get("eps"), attributes.get("variance_epsilon"), torch.is_grad_enabled(), is_autocast(x)
 
 
 def is_left_alone(layer: Any) -> bool:

@@ -164,7 +164,7 @@ def make_report(encoder: PreTrainedModel, settings: Any) -> Report:
 
     sums = "residual sum, LayerScale and norm in one pass"
     add(sums, fused.FusedLayer, reason("add_norm", norm), small=norm in SMALL_GAINS)
-    if pairs := sum(map(_hands_on, encoder.modules())):
+    if pairs := sum(_hands_on(module, idle) for module in encoder.modules()):
         only = large if norm in SMALL_GAINS and settings.impl is None and reason("add_norm", norm) is None else None
         parts.append(Part("norm of the next layer in one pass with the sum before it", pairs, reason("add_norm", norm), only))
     add("RMSNorm in one pass", fused.FusedRMSNorm, reason("add_norm", "rms"))
@@ -189,13 +189,14 @@ def make_report(encoder: PreTrainedModel, settings: Any) -> Report:
     return Report(tuple(parts), tuple(Left(tuple(names), *key) for key, names in grouped.items()))
 
 
-def _hands_on(encoder: nn.Module) -> int:
+def _hands_on(encoder: nn.Module, idle: set[int]) -> int:
     """Count the layers that hand the next one its input normalised, where this module calls layers one after the other."""
     if not isinstance(encoder, handing_on.FusedEncoder) or change_of(encoder) is not None:
         return 0
     found = [
-        isinstance(layer, fused.FusedLayer) and isinstance(after, fused.FusedLayer) and getattr(layer, "merge", None) is None
-        for layer, after in pairwise(getattr(encoder, encoder.layers_name))
+        all(isinstance(module, fused.FusedLayer) and id(module) not in idle for module in pair)
+        and getattr(pair[0], "merge", None) is None
+        for pair in pairwise(getattr(encoder, encoder.layers_name))
     ]
     return sum(found)
 

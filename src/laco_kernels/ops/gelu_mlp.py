@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -118,17 +119,18 @@ def _check_shapes(
             raise ValueError(complaint(name, "no rows", "[out, in] with at least one row", "Pass the weight of a linear layer"))
 
 
-def _options(tokens: torch.Tensor, approximate: str) -> dict[str, Any]:
-    """What a merge of one token a window takes."""
-    windows = Windows((1, tokens.shape[1]), 1, 0, False)
+@functools.lru_cache(64)
+def _options(tokens: int, approximate: str) -> dict[str, Any]:
+    """What a merge of one token a window takes; looked up, as an encoder asks a layer."""
+    windows = Windows((1, tokens), 1, 0, False)
     return {"windows": windows, "residual_kind": "none", "approximate": approximate, "layout": "block"}
 
 
 def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, *parameters, dtype, approximate, impl, save = inputs[:9]
     tokens = rows_of(x.to(dtype))
-    cast = [checks.cast(tensor, dtype) for tensor in parameters]
-    y, pre = library.run_forward("gelu_mlp", impl, (tokens, *cast), save, _options(tokens, approximate))
+    cast = [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in parameters]
+    y, pre = library.run_forward("gelu_mlp", impl, (tokens, *cast), save, _options(tokens.shape[1], approximate))
     shape = x.shape[:-1]
     return y.reshape(*shape, y.shape[-1]).contiguous(), pre.reshape(*shape, pre.shape[-1]).contiguous() if save else pre
 
@@ -145,7 +147,7 @@ def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     grad, x, pre, weight1, weight2, dtype, approximate, impl, needs = inputs
     tokens = rows_of(x.to(dtype))
     saved = (tokens, rows_of(pre).contiguous(), weight1.to(dtype), weight2.to(dtype))
-    dx, *others = library.run_backward("gelu_mlp", impl, rows_of(grad), saved, needs, _options(tokens, approximate))
+    dx, *others = library.run_backward("gelu_mlp", impl, rows_of(grad), saved, needs, _options(tokens.shape[1], approximate))
     return (dx.reshape(x.shape) if needs[0] else dx).to(x.dtype), *[gradient.to(weight1.dtype) for gradient in others]
 
 
