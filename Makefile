@@ -34,6 +34,8 @@ faults: $(READY)  ## every kernel broken on purpose, one fault at a time; each m
 resources: $(READY)  ## registers and shared memory of every kernel, compiled ahead of time
 	$(BIN)/python -m laco_kernels.bench.resources > resources.part
 	mv resources.part benchmarks/results/kernel-resources.json
+	$(BIN)/python -m laco_kernels.bench.cuda_resources > resources.part
+	mv resources.part benchmarks/results/cuda-kernel-resources.json
 
 gpu: $(READY)  ## everything a newly available GPU should do, in nine minutes: tests, measurements, selection table
 	$(PY) benchmarks/gpu.py $(GPU)

@@ -1,10 +1,12 @@
 """The optional CUDA extension ``laco_kernels._cuda``; everything static is in pyproject.toml.
 
 ``LACO_BUILD_CUDA``: ``auto`` (the default) builds it where nvcc is found and goes on without it where that fails, ``1`` fails,
-``0`` leaves it out. ``LACO_CUDA_ARCHS``: ``90a``, the one architecture that has kernels. It links neither libcuda nor torch.
+``0`` leaves it out. ``LACO_CUDA_ARCHS``: ``80``, ``90a`` or both, ``80;90a``, the default: what has kernels (those of 80 run on
+8.6, 8.9 and, translated by the driver, on everything newer). It links neither libcuda nor torch.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,18 +17,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/hopper_128x256.cu", "csrc/hopper_192x128.cu"]
-HEADERS = [
-    "element.cuh",
-    "gelu.cuh",
-    "hopper_gemm.cuh",
-    "hopper_gemm.h",
-    "hopper_launch.cuh",
-    "ptx.cuh",
-    "schedule.h",
-    "wgmma.cuh",
-]
-FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# By architecture: what is compiled for it alone, and how.
+KERNELS = {
+    "80": sorted(Path("csrc").glob("ampere*.cu")),
+    "90a": sorted(Path("csrc").glob("hopper_*.cu")),
+}
+GENCODE = {
+    "80": ["-gencode=arch=compute_80,code=[sm_80,compute_80]"],
+    "90a": ["-gencode=arch=compute_90a,code=sm_90a"],
+}
+MACROS = {"80": "-DLACO_AMPERE", "90a": "-DLACO_HOPPER"}
+BINDINGS = Path("csrc/bindings.cpp")
+HEADERS = sorted([*Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh")])
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+OBJECTS = Path("build/cuda")  # kept, with what the compiler said of each, wherever pip builds the rest
 
 
 def say(text):
@@ -62,38 +66,55 @@ class BuildCuda(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(extension.name))
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        gencode = f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}"
+        for folder in (OBJECTS, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         include = [f"-I{folder}" for folder in dict.fromkeys([pybind11.get_include(), *self.include_dirs])]
+        flags = [(BINDINGS, [*include, *(MACROS[arch] for arch in ARCHS)])]
+        flags += [(source, GENCODE[arch]) for arch in ARCHS for source in KERNELS[arch]]
+        newest = max(header.stat().st_mtime for header in HEADERS)
 
-        def compile_one(source):
-            compiled = objects / f"{Path(source).name}.o"
-            run([NVCC, *FLAGS, gencode, *include, "-c", source, "-o", str(compiled)])
+        def compile_one(source, options):
+            name = source.name if source != BINDINGS else f"bindings_{'_'.join(ARCHS)}"
+            compiled = OBJECTS / f"{name}.o"
+            made, note = compiled.with_suffix(".part"), compiled.with_suffix(".command")
+            command = [NVCC, *FLAGS, *options, "-c", str(source), "-o", str(made)]
+            # An object is good as long as neither its sources nor its command have changed.
+            current = compiled.exists() and compiled.stat().st_mtime > max(newest, source.stat().st_mtime)
+            wanted = f"{os.environ.get('NVCC_APPEND_FLAGS', '')}\n{shlex.join(command)}"
+            if not (current and note.exists() and note.read_text() == wanted):
+                log = run(command)
+                note.unlink(missing_ok=True)
+                compiled.with_suffix(".log").write_text(log)
+                made.replace(compiled)
+                note.write_text(wanted)
             return str(compiled)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(compile_one, extension.sources))
-        run([NVCC, "-shared", "-cudart=static", gencode, *compiled, "-o", str(target)])
-        say(f"built {target} for sm_{ARCH} with {NVCC}")
+            compiled = list(pool.map(lambda pair: compile_one(*pair), flags))
+        run([NVCC, "-shared", "-cudart=static", *compiled, "-o", str(target)])
+        say(f"built {target} for {' and '.join(f'sm_{arch}' for arch in ARCHS)} with {NVCC}")
 
 
 def run(command):
+    """Return what the command prints; say what of it is no account of registers."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.stdout.strip() or done.returncode:
-        say(f"{shlex.join(command)}\n{done.stdout}")
+    # ptxas names each function in a line of its own, and continues the account in the next.
+    said = [line for line in done.stdout.splitlines() if not re.match(r"ptxas info|\s+\d+ bytes (stack|gmem)", line)]
+    if said or done.returncode:
+        say("\n".join([shlex.join(command), *said]))
     if done.returncode:
         raise RuntimeError(f"{command[0]} exited with status {done.returncode}")
+    return done.stdout
 
 
 BUILD = option("LACO_BUILD_CUDA", "auto", ("auto", "0", "1"))
-ARCH = option("LACO_CUDA_ARCHS", "90a", ("90a",))
+ARCHS = option("LACO_CUDA_ARCHS", "80;90a", ("80", "90a", "80;90a")).split(";")
 NVCC = find_nvcc()
 if BUILD == "1" and NVCC is None:
     sys.exit("LACO_BUILD_CUDA: got '1', expected nvcc. Put it on the PATH, set CUDA_HOME, or pass LACO_BUILD_CUDA=auto.")
 wanted = BUILD != "0" and NVCC is not None
 if not wanted:
     say("no CUDA extension: " + ("LACO_BUILD_CUDA=0" if BUILD == "0" else "nvcc was not found"))
-extension = Extension("laco_kernels._cuda", SOURCES, depends=[f"csrc/{name}" for name in HEADERS], optional=BUILD == "auto")
+sources = [str(source) for source in (BINDINGS, *KERNELS["80"], *KERNELS["90a"])]
+extension = Extension("laco_kernels._cuda", sources, depends=[str(header) for header in HEADERS], optional=BUILD == "auto")
 setup(ext_modules=[extension] if wanted else [], cmdclass={"build_ext": BuildCuda})

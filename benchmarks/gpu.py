@@ -1,10 +1,11 @@
 """Everything a newly available GPU should do, in one go: ``make gpu``.
 
-The tests that only a GPU can run; then ``laco bench all`` with the time that is left, again where a kernel took the GPU away
-from it: the operators, ``laco tune``, the encoders on what that chose, ``laco tune`` again. What failed and which rows are
-furthest from their goal comes last. A folder gets five files, rows first and as they come: it is what to take from a machine
-that is given back. Rows of the same ``--commit`` that lie in ``benchmarks/results`` already are not measured again, so that a
-later call goes on where an earlier one ended.
+First the CUDA extension, where there is nvcc; the tests that only a GPU can run; then ``laco bench all`` with the time that is
+left, again where a kernel took the GPU away from it: the operators, ``laco tune``, the encoders on what that chose, ``laco
+tune`` again; and the products of the CUDA kernels tile by tile. What failed and which rows are furthest from their goal comes
+last. A folder gets rows, first and as they come, selection table and logs: it is what to take from a machine that is given
+back. Rows of the same ``--commit`` that lie in ``benchmarks/results`` already are not measured again, so that a later call goes
+on where an earlier one ended.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ["tests/kernels/test_kernels.py", "tests/kernels/test_cuda.py", "tests/kernels/test_tower_kernels.py"]
+KERNELS = [f"tests/kernels/test_{name}.py" for name in ("kernels", "cuda_anywhere", "tower_kernels")]
 # What is most telling first; random shapes last, for each compiles kernels of its own.
 TESTS = {
     "gpu": ["tests/gpu"],
@@ -28,6 +29,8 @@ TESTS = {
 }
 OPERATORS = 0.6  # of the time for measuring
 RESERVE = 30  # seconds for the selection table and the summary
+BUILD, TILES = 120, 45  # seconds, at most: for compiling the CUDA extension, and for its tiles
+LACO = (sys.executable, "-m", "laco_kernels.cli")
 BUSY, AGAIN = 2, 3  # exit codes of `laco bench all`: something forbids it; the GPU no longer answers it
 
 
@@ -44,25 +47,32 @@ def main() -> int:
     begin, folder = time.monotonic(), options.copy_to.resolve()
     deadline = begin + 60 * options.minutes - RESERVE
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tune.log").unlink(missing_ok=True)  # the other logs begin anew by themselves
+    for name in ("build.log", "tune.log", "products.txt"):  # the other logs begin anew by themselves
+        (folder / name).unlink(missing_ok=True)
     scratch = Path(tempfile.mkdtemp())
     results = scratch / "results" if options.tiny else ROOT / "benchmarks" / "results"
     table = scratch / "winners.json" if options.tiny else ROOT / "src" / "laco_kernels" / "kernels" / "winners.json"
 
     outcome: dict[str, str] = {}
+    if not options.tiny and (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        outcome["extension"] = "built" if run(build, folder / "build.log", begin + BUILD) == 0 else "failed"
     code: int | None = 0
     tuned: int | None = 0
     if options.only != "bench":
-        outcome = run_tests(scratch, min(begin + 60 * options.test_minutes, deadline), "quick" if options.tiny else "gpu")
+        outcome |= run_tests(scratch, min(begin + 60 * options.test_minutes, deadline), "quick" if options.tiny else "gpu")
         gather(sorted(scratch.glob("*.log")), folder / "tests.log")
     if options.only != "tests":
         (folder / "bench.log").write_text("")
-        tune = ["tune", str(results), "--out", str(table)]
+        tune = [*LACO, "tune", str(results), "--out", str(table)]
+        deadline -= 0 if options.tiny else TILES
         # Encoders run what the operators' rows choose, so these come first.
         measure(options, results, folder, time.monotonic() + OPERATORS * (deadline - time.monotonic()), "--filter=-vec")
         run(tune, folder / "tune.log", time.monotonic() + RESERVE)
         code = measure(options, results, folder, deadline)
         tuned = run(tune, folder / "tune.log", time.monotonic() + RESERVE)
+        products = [sys.executable, "benchmarks/products.py", *(["--check"] if options.tiny else [])]
+        outcome["products"] = {0: "measured"}.get(run(products, folder / "products.txt", deadline + TILES), "failed")
         keep(results, folder)
         if table.exists():
             shutil.copy(table, folder / "winners.json")
@@ -73,8 +83,8 @@ def main() -> int:
         for line in (folder / "tests.log").read_text().splitlines():
             if line.startswith(("FAILED", "ERROR")):
                 print(line)
-        for name, state in outcome.items():
-            print(f"tests {name}: {state}")
+    for name, state in outcome.items():
+        print(f"{name}: {state}")
     print(f"{time.monotonic() - begin:.0f} s")
     return 1 if code or tuned or "failed" in outcome.values() else 0
 
@@ -95,7 +105,7 @@ def measure(options: argparse.Namespace, results: Path, folder: Path, deadline: 
     code: int | None = AGAIN
     extra = list(only)
     while code in (AGAIN, BUSY) and time.monotonic() < deadline:
-        command = ["bench", "all", "--out", str(results), "--budget", f"{max(deadline - time.monotonic() - 15, 0):.0f}s"]
+        command = [*LACO, "bench", "all", "--out", str(results), "--budget", f"{max(deadline - time.monotonic() - 15, 0):.0f}s"]
         command += ["--commit", options.commit] if options.commit else []
         command += ["--tiny", "--seconds", "0"] if options.tiny else []
         code = run([*command, *extra], folder / "bench.log", deadline, meanwhile=lambda: keep(results, folder))
@@ -107,9 +117,9 @@ def measure(options: argparse.Namespace, results: Path, folder: Path, deadline: 
 
 
 def run(arguments: list[str], log: Path, deadline: float, meanwhile=lambda: None) -> int | None:
-    """Run one command of ``laco`` and return its exit code, ``None`` where it had to be stopped."""
+    """Run one command and return its exit code, ``None`` where it had to be stopped."""
     with log.open("a") as stream:
-        process = start([sys.executable, "-m", "laco_kernels.cli", *arguments], stream)
+        process = start(arguments, stream)
     while process.poll() is None and time.monotonic() < deadline - 5:
         time.sleep(1)
         meanwhile()

@@ -8,40 +8,98 @@
 #include <utility>
 #include <vector>
 
-#include "hopper_gemm.h"
+#include "plan.h"
+#include "problem.h"
 #include "schedule.h"
 
 namespace py = pybind11;
-using laco::GemmProblem, laco::GemmTile;
+using namespace py::literals;
+using namespace laco;
 
 namespace {
 
 const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+void* writable(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-const char* gemm(int element, const std::vector<uintptr_t>& sources, int batch, int height, int width, int64_t stride_b, int64_t stride_t,
-                 int side, int channels, uintptr_t weight, uintptr_t bias, int n, int activation, uintptr_t out,
-                 int out_prefix, uintptr_t pre, uintptr_t residual, int64_t residual_stride_b, int64_t residual_stride_t,
-                 int residual_height, int residual_width, int residual_side, bool residual_block, int device, uintptr_t stream) {
-  GemmProblem q{};
-  if (sources.empty() || sources.size() > std::size(q.sources)) return "there must be 1 to 8 sources";
-  std::transform(sources.begin(), sources.end(), q.sources, pointer);
-  q.num_sources = int(sources.size());
-  q.batch = batch, q.height = height, q.width = width, q.stride_b = stride_b, q.stride_t = stride_t;
-  q.element = static_cast<laco::Element>(element), q.side = side, q.channels = channels;
-  q.weight = pointer(weight), q.bias = pointer(bias), q.n = n, q.activation = activation;
-  q.out = const_cast<void*>(pointer(out)), q.out_prefix = out_prefix, q.pre = const_cast<void*>(pointer(pre));
-  q.residual = pointer(residual), q.residual_stride_b = residual_stride_b, q.residual_stride_t = residual_stride_t;
-  q.residual_height = residual_height, q.residual_width = residual_width;
-  q.residual_side = residual_side, q.residual_block = residual_block;
-  if (const char* error = laco::refusal(q)) return error;
-  if (batch == 0 || n == 0) return nullptr;
+Tokens make_tokens(const std::vector<uintptr_t>& sources, int batch, int height, int width, int64_t stride_b, int64_t stride_t,
+                   int side, int channels) {
+  Tokens t{};
+  t.num_sources = int(std::min<size_t>(sources.size(), MAX_SOURCES + 1));  // too many are refused later
+  std::transform(sources.begin(), sources.begin() + std::min(t.num_sources, MAX_SOURCES), t.sources, pointer);
+  t.batch = batch, t.height = height, t.width = width, t.stride_b = stride_b, t.stride_t = stride_t;
+  t.side = side, t.channels = channels;
+  return t;
+}
+
+Forward make_forward(int element, const Tokens& x, uintptr_t weight, uintptr_t bias, int n, int activation, uintptr_t out,
+                     int out_prefix, uintptr_t pre, int residual_kind, const Tokens& residual, bool residual_block) {
+  return {Element(element), x, pointer(weight), pointer(bias), n, Activation(activation), writable(out), out_prefix, writable(pre),
+          Residual(residual_kind), residual, residual_block};
+}
+
+InputGradient make_input_gradient(int element, const Tokens& gradient, uintptr_t weight, int side, int channels, uintptr_t pre,
+                                  int activation, uintptr_t act, uintptr_t sums, uintptr_t out, int out_prefix, int height,
+                                  int width, int residual_kind, const Tokens& residual_gradient) {
+  return {Element(element), gradient, pointer(weight), side, channels, pointer(pre), Activation(activation), writable(act),
+          static_cast<float*>(writable(sums)), writable(out), out_prefix, height, width, Residual(residual_kind),
+          residual_gradient};
+}
+
+WeightGradient make_weight_gradient(int element, const Tokens& gradient, const Tokens& x, uintptr_t out) {
+  return {Element(element), gradient, x, writable(out)};
+}
+
+#ifdef LACO_AMPERE
+constexpr bool HAS_AMPERE = true;
+const char* ampere(const Forward& q, const Launch& how) { return forward_ampere(q, how); }
+const char* ampere(const InputGradient& q, const Launch& how) { return input_gradient_ampere(q, how); }
+const char* ampere(const WeightGradient& q, const Launch& how) { return weight_gradient_ampere(q, how); }
+#else
+constexpr bool HAS_AMPERE = false;
+template <class Problem>
+const char* ampere(const Problem&, const Launch&) { return "not built for this GPU's architecture"; }
+#endif
+
+#ifdef LACO_HOPPER
+constexpr bool HAS_HOPPER = true;
+const char* hopper(const GemmTile& tile, const Forward& q, const Launch& how) { return tile.forward(q, how); }
+const char* hopper(const GemmTile& tile, const InputGradient& q, const Launch& how) { return tile.input_gradient(q, how); }
+const char* hopper(const GemmTile& tile, const WeightGradient& q, const Launch& how) { return tile.weight_gradient(q, how); }
+#else
+constexpr bool HAS_HOPPER = false;
+template <class Problem>
+const char* hopper(const GemmTile&, const Problem&, const Launch&) { return "not built for this GPU's architecture"; }
+#endif
+
+const GemmTile* find_tile(const std::string& name) {
+  for (const GemmTile& tile : TILES) {
+    if (name == tile.name) return &tile;
+  }
+  return nullptr;
+}
+
+// `tile`: a name of TILES, "ampere", or "" for what suits; `splits` 0 for what suits.
+template <class Problem>
+const char* run(const Problem& q, const std::string& tile, int splits, bool dependent, int device, uintptr_t stream) {
+  if (const char* error = refusal(q)) return error;
   // This library has a CUDA runtime of its own, which need not know what device another one made current.
-  int multiprocessors = 0;
+  int multiprocessors = 0, major = 0;
   if (cudaSetDevice(device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return cudaGetErrorString(cudaGetLastError());
   }
-  return laco::choose_tile(q.rows() * batch, n, multiprocessors).launch(q, reinterpret_cast<cudaStream_t>(stream));
+  if (major < 8) return "the GPU must have compute capability 8.0 or newer";
+  Launch how{reinterpret_cast<cudaStream_t>(stream), 1, dependent && major >= 9};
+  if (tile == "ampere" || (tile.empty() && (major != 9 || !HAS_HOPPER))) return ampere(q, how);
+  if (major != 9) return "this tile needs a GPU of compute capability 9.0";
+  Plan chosen = plan(q, multiprocessors);
+  if (!tile.empty()) {
+    if ((chosen.tile = find_tile(tile)) == nullptr) return "no tile of that name";
+    chosen.splits = 1;
+  }
+  how.splits = splits ? splits : chosen.splits;
+  return hopper(*chosen.tile, q, how);
 }
 
 const char* problem() {
@@ -49,43 +107,81 @@ const char* problem() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? nullptr : cudaGetErrorString(cudaGetLastError());
 }
 
-const GemmTile& tile_named(const std::string& name) {
-  for (const GemmTile& tile : laco::TILES) {
-    if (name == tile.name) return tile;
-  }
-  throw std::invalid_argument("no tile of that name");
-}
-
-std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int n, int block, int blocks) {
-  const GemmTile& tile = tile_named(name);
-  const laco::Schedule order((m + tile.bm - 1) / tile.bm, (n + tile.bn - 1) / tile.bn, laco::GROUP);
+std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int chunks, int block, int blocks) {
+  const GemmTile* tile = find_tile(name);
+  if (!tile) throw std::invalid_argument("no tile of that name");
+  const int width = tile->bn / COLUMNS;
+  const Schedule order((m + tile->bm - 1) / tile->bm, (chunks + width - 1) / width, GROUP);
   std::vector<std::pair<int, int>> found;
   for (int i = block; i < order.tiles(); i += blocks) {
     int row, column;
     order.find(i, row, column);
-    found.emplace_back(row * tile.bm, column * tile.bn);
+    found.emplace_back(row * tile->bm, column * width);
   }
   return found;
+}
+
+py::dict make_plan(int64_t m, int64_t chunks, int64_t steps, int multiprocessors, bool may_split) {
+  const Plan p = plan(m, chunks, steps, multiprocessors, may_split);
+  return py::dict("tile"_a = p.tile->name, "splits"_a = p.splits, "tiles"_a = p.tiles, "waves"_a = p.waves,
+                  "microseconds"_a = p.microseconds);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "The Hopper matrix product of csrc/, free of torch.";
-  module.def("gemm", gemm, "Launch out = act(A weight^T + bias) + residual, see csrc/hopper_gemm.h; None or what is wrong.",
-             py::kw_only(), py::arg("element") = 0, py::arg("sources"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("stride_b"),
-             py::arg("stride_t"), py::arg("side") = 1, py::arg("channels"), py::arg("weight"),
-             py::arg("bias") = 0, py::arg("n"), py::arg("activation") = 0, py::arg("out"), py::arg("out_prefix") = 0,
-             py::arg("pre") = 0, py::arg("residual") = 0, py::arg("residual_stride_b") = 0, py::arg("residual_stride_t") = 0,
-             py::arg("residual_height") = 0, py::arg("residual_width") = 0, py::arg("residual_side") = 2,
-             py::arg("residual_block") = false, py::arg("device") = 0, py::arg("stream") = 0);
-  module.def("problem", problem, "What keeps the CUDA runtime from this machine's GPUs, or None.");
+  module.doc() = "The matrix products of csrc/, free of torch.";
+  const Tokens none{};
+  // Of this module alone: the emulated one of the tests has another of the same name.
+  py::class_<Tokens>(module, "Tokens", py::module_local(), "Where an operand's rows lie, see csrc/problem.h.")
+      .def(py::init(&make_tokens), py::kw_only(), "sources"_a, "batch"_a, "height"_a = 1, "width"_a, "stride_b"_a, "stride_t"_a,
+           "side"_a = 1, "channels"_a)
+      .def_property_readonly("rows", &Tokens::rows)
+      .def_property_readonly("depth", &Tokens::depth);
   module.def(
-      "choose_tile", [](int64_t m, int64_t n, int multiprocessors) { return laco::choose_tile(m, n, multiprocessors).name; },
-      "The name of the tile for a result [m, n].", py::arg("m"), py::arg("n"), py::arg("multiprocessors"));
-  module.def("schedule", schedule, "The first (row, column) of the tiles that one of `blocks` blocks works on, in order.",
-             py::arg("tile"), py::arg("m"), py::arg("n"), py::arg("block"), py::arg("blocks"));
+      "forward",
+      [](int element, const Tokens& x, uintptr_t weight, uintptr_t bias, int n, int activation, uintptr_t out, int out_prefix,
+         uintptr_t pre, int residual_kind, const Tokens& residual, bool residual_block, const std::string& tile, int splits,
+         bool dependent, int device, uintptr_t stream) {
+        return run(make_forward(element, x, weight, bias, n, activation, out, out_prefix, pre, residual_kind, residual,
+                                residual_block), tile, splits, dependent, device, stream);
+      },
+      "Launch out = act(x weight^T + bias) + residual, a Forward of csrc/problem.h; None or what is wrong.", py::kw_only(),
+      "element"_a, "x"_a, "weight"_a, "bias"_a = 0, "n"_a, "activation"_a = 0, "out"_a, "out_prefix"_a = 0, "pre"_a = 0,
+      "residual_kind"_a = 0, "residual"_a = none, "residual_block"_a = false, "tile"_a = "", "splits"_a = 0,
+      "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
+  module.def(
+      "input_gradient",
+      [](int element, const Tokens& gradient, uintptr_t weight, int side, int channels, uintptr_t pre, int activation,
+         uintptr_t act, uintptr_t sums, uintptr_t out, int out_prefix, int height, int width, int residual_kind,
+         const Tokens& residual_gradient, const std::string& tile, bool dependent, int device, uintptr_t stream) {
+        return run(make_input_gradient(element, gradient, weight, side, channels, pre, activation, act, sums, out, out_prefix,
+                                       height, width, residual_kind, residual_gradient), tile, 1, dependent, device, stream);
+      },
+      "Launch an InputGradient of csrc/problem.h; None or what is wrong.", py::kw_only(), "element"_a, "gradient"_a, "weight"_a,
+      "side"_a = 1, "channels"_a, "pre"_a = 0, "activation"_a = 0, "act"_a = 0, "sums"_a = 0, "out"_a, "out_prefix"_a = 0,
+      "height"_a = 1, "width"_a, "residual_kind"_a = 0, "residual_gradient"_a = none, "tile"_a = "", "dependent"_a = false,
+      "device"_a = 0, "stream"_a = 0);
+  module.def(
+      "weight_gradient",
+      [](int element, const Tokens& gradient, const Tokens& x, uintptr_t out, const std::string& tile, int splits, bool dependent,
+         int device, uintptr_t stream) {
+        return run(make_weight_gradient(element, gradient, x, out), tile, splits, dependent, device, stream);
+      },
+      "Launch a WeightGradient of csrc/problem.h; None or what is wrong.", py::kw_only(), "element"_a, "gradient"_a, "x"_a,
+      "out"_a, "tile"_a = "", "splits"_a = 0, "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
+  module.def("problem", problem, "What keeps the CUDA runtime from this machine's GPUs, or None.");
+  module.def("plan", make_plan,
+             "The tile, the blocks that share its depth, tiles and waves for a result of m rows and `chunks` of 64 columns.", "m"_a,
+             "chunks"_a, "steps"_a, "multiprocessors"_a, "may_split"_a);
+  module.def("schedule", schedule, "The first (row, chunk) of the tiles that one of `blocks` blocks works on, in order.", "tile"_a,
+             "m"_a, "chunks"_a, "block"_a, "blocks"_a);
   py::dict tiles;
-  for (const GemmTile& tile : laco::TILES) tiles[tile.name] = py::make_tuple(tile.bm, tile.bn, tile.wave);
+  for (const GemmTile& tile : TILES) tiles[tile.name] = py::make_tuple(tile.bm, tile.bn, tile.wave, tile.measured);
   module.attr("TILES") = tiles;
+  std::vector<std::string> architectures;
+  if (HAS_AMPERE) architectures.push_back("80");
+  if (HAS_HOPPER) architectures.push_back("90a");
+  module.attr("ARCHITECTURES") = architectures;
+  module.attr("SUM_ROWS") = SUM_ROWS;
 }

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "hopper_gemm.h"
+#include "problem.h"
 
 namespace laco {
 

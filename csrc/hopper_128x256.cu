@@ -1,3 +1,11 @@
 #include "hopper_launch.cuh"
 
-const char* laco::launch_128x256(const GemmProblem& problem, cudaStream_t stream) { return launch<Tile<256, 4, 2>>(problem, stream); }
+namespace laco {
+
+using ThisTile = Tile<256, 4, 2>;
+
+const char* forward_128x256(const Forward& q, const Launch& how) { return launch<ThisTile>(q, how); }
+const char* input_gradient_128x256(const InputGradient& q, const Launch& how) { return launch<ThisTile>(q, how); }
+const char* weight_gradient_128x256(const WeightGradient& q, const Launch& how) { return launch<ThisTile>(q, how); }
+
+}  // namespace laco

@@ -1,3 +1,11 @@
 #include "hopper_launch.cuh"
 
-const char* laco::launch_192x128(const GemmProblem& problem, cudaStream_t stream) { return launch<Tile<128, 4, 3>>(problem, stream); }
+namespace laco {
+
+using ThisTile = Tile<128, 4, 3, true>;
+
+const char* forward_192x128(const Forward& q, const Launch& how) { return launch<ThisTile>(q, how); }
+const char* input_gradient_192x128(const InputGradient& q, const Launch& how) { return launch<ThisTile>(q, how); }
+const char* weight_gradient_192x128(const WeightGradient& q, const Launch& how) { return launch<ThisTile>(q, how); }
+
+}  // namespace laco

@@ -1,6 +1,7 @@
 """Deliberate faults, one at a time: each must turn a test red. ``make faults`` runs them all.
 
-``python -m tests.faults [part of a name]`` copies ``src`` to a temporary folder, breaks one thing there and runs tests on it.
+``python -m tests.faults [part of a name]`` copies ``src`` and ``csrc`` to a temporary folder, breaks one thing there and runs
+tests on it.
 A new fault is a line below: what is broken, what text of it is replaced, and which tests must pass without it and fail with it,
 by an assertion.
 """
@@ -41,17 +42,41 @@ CONNECTORS, CHANGED = (
     "tests/hf/test_patch.py -k 'outputs_and or errors_stay'",
     ("tests/hf/test_patch_lived_in.py -k 'passed_over or activation or dropout'"),
 )
+FORWARD, MEAN, PREFIX, SHARED, ACTIVATION, TOKENS, WEIGHT, *AMPERE = (
+    f"tests/csrc/test_orders.py -k '[{name}]'"
+    for name in (
+        "forward-128x256-1", "forward_mean-128x256-1", "forward_mean_behind_prefix-128x256-1", "forward-128x128-4",
+        "through_activation-128x256-1", "to_tokens_mean-128x256-1", "weight_gradient-128x256-1",
+        "forward-ampere-1", "through_activation-ampere-1", "to_tokens_mean-ampere-1", "weight_gradient-ampere-1",
+    )
+)  # fmt: skip
+AMPERE_FORWARD, AMPERE_ACTIVATION, AMPERE_TOKENS, AMPERE_WEIGHT = AMPERE
+AMPERE_BANKS = "tests/csrc/test_ampere.py -k bank"
 MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
 
 FILES = dict.fromkeys(("split", "collect", "gelu_backward", "join"), "kernels/pointwise.py")
 FILES |= {
     name: f"kernels/{name}.py"
-    for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused", "backward", "cuda")
+    for name in ("gathered_gemm", "activation", "launch", "common", "composite", "fused", "backward", "cuda", "cuda_products")
 }
 FILES |= {name: f"kernels/{name}.py" for name in ("norm", "elementwise", "rows")}
 FILES |= {name: f"{name}.py" for name in ("reference", "reference_tower", "geometry")}
 FILES |= {"add_norm": "ops/add_norm.py", "connectors": "hf/connectors.py", "gelu_mlp": "ops/gelu_mlp.py"}
 FILES |= {"fused_mlps": "hf/fused_mlps.py", "handing_on": "hf/handing_on.py", "layers": "hf/fused.py"}
+FILES = {name: f"src/laco_kernels/{path}" for name, path in FILES.items()}
+FILES |= {
+    name: f"csrc/{name}.cuh"
+    for name in (
+        "hopper_gemm",
+        "hopper_producer",
+        "hopper_params",
+        "hopper_launch",
+        "wgmma",
+        "ampere_gemm",
+        "ampere_products",
+        "ampere_operands",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -141,22 +166,30 @@ FAULTS = [
     Fault("activation", "tanh overflows", "tl.exp(-tl.abs(inner))", "tl.exp(-inner)", RANGE),
     Fault("activation", "half of the derivative of erf", "phi + x * density", "phi", RANGE),
     Fault("activation", "a cube's derivative without its three", "0.134145", "0.044715", RANGE),
-    Fault("launch", "erf where tanh was asked for", 'ERF if approximate == "none" else TANH', "ERF"),
+    Fault("launch", "erf where tanh was asked for", '"tanh": TANH', '"tanh": ERF'),
     Fault("composite", "the second bias is left out", "            bias2,\n", "            None,\n"),
     Fault("backward", "the prefix has no gradient", "dx[:, :prefix] = grad[:, :prefix]", "dx[:, :prefix] = 0"),
-    Fault("cuda", "the prefix is read as patches", "self.address + ELEMENT * tokens * self.stride_t", "self.address", HOPPER),
+    Fault("cuda_products", "the prefix is read as patches", "self.address + ELEMENT * tokens * self.stride_t", "self.address",
+        HOPPER),
     Fault("cuda", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0", HOPPER),
-    Fault("cuda", "block order is gathered in raster order", "(windows.ratio * windows.num_windows, windows.ratio) if",
+    Fault("cuda", "the prefix's gradient does not pass through", "dx[:, :prefix] = grad[:, :prefix]", "dx[:, :prefix] = 0",
+        HOPPER),
+    Fault("cuda_products", "block order is gathered in raster order", "(windows.ratio * windows.num_windows, windows.ratio) if",
         "windows.grid if", HOPPER),
-    Fault("cuda", "a convolution reads block order in raster order",
-        "**_windows(tokens, batch, windows, layout))\n    return y",
-        '**_windows(tokens, batch, windows, "raster"))\n    return y', HOPPER),
-    Fault("cuda", "the residual's windows are of another size", '"residual_side": windows.ratio', '"residual_side": 2', HOPPER),
-    Fault("cuda", "everything is bfloat16", "element=ELEMENTS[out.dtype]", "element=0", HOPPER),
-    Fault("cuda", "no bias", "bias=0 if bias is None else", "bias=0 if True else", HOPPER),
-    Fault("cuda", "the residual lies where the first token does", '"residual": tokens.behind(windows.prefix_tokens)',
-        '"residual": tokens.address', HOPPER),
-    Fault("cuda", "tokens with gaps are taken for rows", ' and stride_t == channels:  # a window', ":  # a window", HOPPER),
+    Fault("cuda", "gradients of block order are written in raster order",
+        "to_tokens(dpre, weight1, dx, windows, layout, residual_kind, g)",
+        'to_tokens(dpre, weight1, dx, windows, "raster", residual_kind, g)', HOPPER),
+    Fault("cuda", "the residual's gradient is left out", "windows, layout, residual_kind, g)", 'windows, layout, "none", g)',
+        HOPPER),
+    Fault("cuda_products", "the residual is always the mean", '"residual_kind": RESIDUALS[kind]', '"residual_kind": 1', HOPPER),
+    Fault("cuda_products", "everything is bfloat16", "element=ELEMENTS[out.dtype]", "element=0", HOPPER),
+    Fault("cuda_products", "no bias", "bias=_address(bias)", "bias=0", HOPPER),
+    Fault("cuda_products", "the residual lies where the first token does", "first = (tokens.behind(windows.prefix_tokens),)",
+        "first = (tokens.address,)", HOPPER),
+    Fault("cuda_products", "tokens with gaps are taken for rows", " and tokens.stride_t == tokens.channels:", ":", HOPPER),
+    Fault("cuda_products", "half of the column sums are left out", "sums.sum(0)", "sums[::2].sum(0)", HOPPER),
+    Fault("cuda_products", "a gradient's images follow each other", "stride_b = x.stride(0) if batch > 1 else rows",
+        "stride_b = rows", HOPPER),
     Fault("fused", "the prefix is read as patches", "prefix=prefix,\n        gather=", "prefix=0,\n        gather="),
     Fault("fused", "the prefix does not pass through", "y[:, :prefix] = x[:, :prefix]", "y[:, :prefix] = 0"),
     Fault("fused", "block order is scattered in raster order", "out_prefix=prefix,\n                scatter=GATHER[layout]",
@@ -245,13 +278,113 @@ FAULTS = [
     Fault("fused_mlps", "hooks on the activation are passed over", "or not is_plain(activation, type(activation))", "",
         RESPECTED),
     Fault("handing_on", "any input will do", " or waiting.total is not x", "", WAITS),
-    Fault("handing_on", "what was written to is taken", "None if t.is_inference() else t._version", "None", WAITS),
+    Fault("handing_on", "what was written to is taken", "t.is_inference() else t._version", "t.is_inference() else 0", WAITS),
     Fault("handing_on", "what is recomputed is handed on", "not (layer.training and ", "not (False and ", HANDED),
     Fault("handing_on", "hooks of a layer are passed over", "and not is_called_for_others(layer)", "", HANDED),
     Fault("handing_on", "a chain outlives its encoder", "running.chain = outer\n", "pass\n", HANDED),
     Fault("layers", "a merge is passed over", ' or getattr(self, "merge", None) is not None', "", HANDED),
     Fault("layers", "parameters of any class are read", "type(p) is nn.Parameter and ", "", HANDED),
     Fault("connectors", "dropout is left out", "(mlp.training and mlp.dropout)", "False", CHANGED),
+    Fault("hopper_gemm", "a slot is given back before it is read",
+        "wgmma::wait_previous();\n      if (step > 0) release(previous);",
+        "if (step > 0) release(previous);\n      wgmma::wait_previous();", FORWARD),
+    Fault("hopper_gemm", "a slot is given back twice as fast",
+        "if (step > 0) release(previous);\n      previous", "release(ring.slot);\n      previous", FORWARD),
+    Fault("hopper_gemm", "sums are used before they are there",
+        "    wgmma::wait_all();\n", "    wgmma::wait_previous();\n", FORWARD),
+    Fault("hopper_gemm", "registers are not fenced", "      wgmma::fence();\n", "", FORWARD),
+    Fault("hopper_gemm", "the copy engine is not told of stores",
+        "    const uint32_t buffer = stage(values);\n    ptx::fence_async();\n    __syncwarp();\n"
+        "    if (lane == 0) {\n      if (is_there) ptx::store_2d",
+        "    const uint32_t buffer = stage(values);\n    __syncwarp();\n    if (lane == 0) {\n"
+        "      if (is_there) ptx::store_2d", FORWARD),
+    Fault("hopper_gemm", "one lane sends what the others still write",
+        "    const uint32_t buffer = stage(values);\n    ptx::fence_async();\n    __syncwarp();\n"
+        "    if (lane == 0) {\n      if (is_there) ptx::store_2d",
+        "    const uint32_t buffer = stage(values);\n    ptx::fence_async();\n    if (lane == 0) {\n"
+        "      if (is_there) ptx::store_2d", FORWARD),
+    Fault("hopper_gemm", "buffers are used before they are read",
+        "store_wait_read<T::STORE_BUFFERS - 1>", "store_wait_read<T::STORE_BUFFERS>", FORWARD),
+    Fault("hopper_gemm", "a block ends before its stores are read", "    if (lane == 0) ptx::store_wait_all();\n", "", FORWARD),
+    Fault("hopper_gemm", "barriers are not made known", "    ptx::barrier_init_fence();\n", "", FORWARD),
+    Fault("hopper_gemm", "barriers are used before they are there", "  __syncwarp();\n  __syncthreads();\n", "", FORWARD),
+    Fault("hopper_gemm", "one warp gives back what four read",
+        "ptx::barrier_init(empty + i * 8, 4 * T::CONSUMERS)", "ptx::barrier_init(empty + i * 8, T::CONSUMERS)", FORWARD),
+    Fault("hopper_gemm", "the pre-activation is read in the wrong order",
+        "ptx::load_matrices(line + (((2 * j + lane / 16) ^ (lane % 8)) << 4), x)",
+        "ptx::load_matrices(line + ((2 * j + lane / 16) << 4), x)", ACTIVATION),
+    Fault("hopper_gemm", "what is staged is not swizzled",
+        "ptx::store_matrices(line + (((2 * i + lane / 16) ^ (lane % 8)) << 4)",
+        "ptx::store_matrices(line + ((2 * i + lane / 16) << 4)", FORWARD),
+    Fault("hopper_gemm", "the slots are overwritten while others read them",
+        "        ptx::named_barrier(1, T::CONSUMERS * 128);  // the slots are no longer read\n", "", SHARED),
+    Fault("hopper_gemm", "sums are added before they are laid out",
+        "        ptx::cluster_sync();\n      }\n#pragma unroll(K", "      }\n#pragma unroll(K", SHARED),
+    Fault("hopper_gemm", "a block ends while others read its sums",
+        "  if constexpr (K::SPLIT) {  // the others", "  if constexpr (false) {  // the others", SHARED),
+    Fault("hopper_gemm", "the kernel in front is not waited for", "  ptx::wait_for_kernels_in_front();\n", "", FORWARD),
+    Fault("hopper_gemm", "outputs lie over the prefix",
+        "(m + static_cast<int64_t>(b + 1) * p.out_prefix)", "(m + static_cast<int64_t>(b) * p.out_prefix)", PREFIX),
+    Fault("hopper_gemm", "the second 64 rows are the first", "slot + consumer * A_OFFSET", "slot", FORWARD),
+    Fault("hopper_producer", "the first round waits",
+        'ring.parity ^ 1, "empty", iteration', 'ring.parity, "empty", iteration', FORWARD),
+    Fault("hopper_producer", "fewer bytes are announced than come",
+        "const uint32_t to = open(T::SLOT_BYTES);\n      const int of_source",
+        "const uint32_t to = open(T::A_BYTES);\n      const int of_source", FORWARD),
+    Fault("hopper_producer", "more bytes are announced than come",
+        "const uint32_t to = open(T::A_BYTES);", "const uint32_t to = open(T::SLOT_BYTES);", MEAN),
+    Fault("hopper_producer", "a tap's row and column change places",
+        "dy = of_source / side, dx = of_source - dy * side;\n      load",
+        "dx = of_source / side, dy = of_source - dx * side;\n      load", FORWARD),
+    Fault("hopper_producer", "a weight gradient's taps change places",
+        "dy = tap / side, dx = tap - dy * side;\n        if", "dx = tap / side, dy = tap - dx * side;\n        if", WEIGHT),
+    Fault("hopper_producer", "the residual is of one column",
+        "dy = tap / side, dx = tap - dy * side, c", "dy = tap / side, dx = 0, c", MEAN),
+    Fault("hopper_producer", "every source is the first",
+        "load_rows(&p.sources[source], p.rows, barrier(), to, step",
+        "load_rows(&p.sources[0], p.rows, barrier(), to, step", FORWARD),
+    Fault("hopper_producer", "chunks of a weight overlap",
+        "to + T::A_BYTES + j * wgmma::CHUNK_BYTES, chunk.c", "to + T::A_BYTES, chunk.c", TOKENS),
+    Fault("hopper_params", "a ring has one parity", "slot = 0, parity ^= 1", "slot = 0", FORWARD),
+    Fault("hopper_params", "registers are given to two", "CONSUMERS == 2 ? 40 : 32", "CONSUMERS == 2 ? 56 : 40", FORWARD),
+    Fault("hopper_params", "windows are counted as tokens",
+        "x = (q - y * rows.out_width) * rows.side;", "x = q - y * rows.out_width;", FORWARD),
+    Fault("hopper_params", "depth is shared out with a gap",
+        "min(first + part, p.steps)", "min(first + part - 1, p.steps)", SHARED),
+    Fault("hopper_launch", "windows step by a token",
+        "cuuint32_t(t.side), cuuint32_t(t.side), 1};", "cuuint32_t(t.side), 1, 1};", FORWARD),
+    Fault("wgmma", "chunks lie next to each other",
+        "leading = MN ? CHUNK_BYTES >> 4 : 1", "leading = MN ? CHUNK_BYTES >> 5 : 1", WEIGHT),
+    Fault("wgmma", "a step along K is half of one",
+        "constexpr int K_STEP = MN ? 16 * 128 / 16", "constexpr int K_STEP = MN ? 8 * 128 / 16", WEIGHT),
+    Fault("wgmma", "no swizzle", "swizzle_128 << 62", "swizzle_128 << 61", FORWARD),
+    Fault("ampere_gemm", "copies are used before they are there",
+        "ptx::copy_wait<STAGES - 2>()", "ptx::copy_wait<STAGES - 1>()", AMPERE_FORWARD),
+    Fault("ampere_gemm", "only the own copies are waited for",
+        "    ptx::copy_wait<STAGES - 2>();\n    __syncthreads();", "    ptx::copy_wait<STAGES - 2>();", AMPERE_FORWARD),
+    Fault("ampere_gemm", "results go over slots that are read",
+        "  __syncthreads();\n  product.finish", "  product.finish", AMPERE_TOKENS),
+    Fault("ampere_gemm", "the last groups are not counted",
+        "    if (step + STAGES - 1 < steps) loader.load(next);\n    ptx::copy_commit();",
+        "    if (step + STAGES - 1 < steps) loader.load(next), ptx::copy_commit();", AMPERE_FORWARD),
+    Fault("ampere_gemm", "a piece is overwritten while it is read",
+        "ptx::load_shared_16(chunk(i)));\n    }\n    __syncwarp();", "ptx::load_shared_16(chunk(i)));\n    }", AMPERE_FORWARD),
+    Fault("ampere_gemm", "transposed fragments change places",
+        "at(k + lane / 16 * 8 + lane % 8, row / CHUNK + lane / 8 % 2)",
+        "at(k + lane / 8 % 2 * 8 + lane % 8, row / CHUNK + lane / 16)", AMPERE_WEIGHT),
+    Fault("ampere_gemm", "rows lie as lines",
+        "ptx::load_matrices_transposed(tile + at(k + lane % 16", "ptx::load_matrices(tile + at(k + lane % 16", AMPERE_WEIGHT),
+    Fault("ampere_gemm", "rows of a matrix lie in the same banks", "(row / 2 % 4)", "(row % 4)", AMPERE_BANKS),
+    Fault("ampere_operands", "lines that are copied together lie in the same banks", "^ (line % 2 * 4)", "^ 0", AMPERE_BANKS),
+    Fault("ampere_operands", "a tap's row and column change places",
+        "dy < high && dx < wide", "dx < high && dy < wide", AMPERE_FORWARD),
+    Fault("ampere_products", "padding is copied",
+        "a.is_inside(q.x) && 32 * i < rows_left", "32 * i < rows_left", AMPERE_FORWARD),
+    Fault("ampere_products", "the pre-activation is read before it is there",
+        "      ptx::copy_wait<0>();\n      __syncwarp();", "      __syncwarp();", AMPERE_ACTIVATION),
+    Fault("ampere_products", "lanes read what others copied",
+        "      ptx::copy_wait<0>();\n      __syncwarp();", "      ptx::copy_wait<0>();", AMPERE_ACTIVATION),
+    Fault("ampere_products", "depth behind the last row", "a.channel + b.line < q.gradient.channels", "true", AMPERE_TOKENS),
 ]  # fmt: skip
 
 # An installed package may come before the broken copy: the run says which one it imported.
@@ -265,7 +398,7 @@ sys.exit(70 + code if found.startswith(sys.argv[1]) else f"imported {found}, exp
 
 def run(folder, tests):
     """Run tests on the package in ``folder``; return pytest's exit code, the first failure and the seconds."""
-    env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}  # wide: ids are long
+    env = {**os.environ, "PYTHONPATH": f"{folder}/src", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}  # wide: ids are long
     env |= {"CUDA_VISIBLE_DEVICES": "", "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis"}
     command = [sys.executable, "-c", RUN, folder, "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
     begin = time.monotonic()
@@ -283,14 +416,15 @@ def main(part=""):
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.realpath(folder)
-        shutil.copytree(ROOT / "src", folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        for part in ("src", "csrc"):
+            shutil.copytree(ROOT / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
         for tests in dict.fromkeys(fault.tests for fault in chosen):
             code, failure, seconds = run(folder, tests)
             if code:
                 raise SystemExit(f"{tests} is red without a fault: {failure}")
             print(f"      {seconds:5.1f} s  without a fault: {tests}", flush=True)
         for fault in chosen:
-            file = Path(folder, "laco_kernels", FILES[fault.where])
+            file = Path(folder, FILES[fault.where])
             text = file.read_text()
             if text.count(fault.old) != 1:
                 raise SystemExit(f"{fault}: found {fault.old!r} {text.count(fault.old)} times in {file.name}, expected once")

@@ -46,7 +46,7 @@ def test_env():
     assert report["torch"] == torch.__version__
     assert report["implementations"]["reference"] is None
     reason = report["implementations"]["cuda"]
-    assert reason is None or "compute capability 9.0" in reason or "CUDA extension" in reason
+    assert reason is None or "compute capability 8.0" in reason or "CUDA extension" in reason
 
 
 def test_env_says_what_the_environment_chooses(monkeypatch):
@@ -364,7 +364,7 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch):
         (["--op", "matmul"], "op: got 'matmul', expected one of patch_merge"),
         (["--impl", "magic"], "impl: got 'magic', expected one of reference"),
         (["--op", "add_norm", "--impl", "composite"], "impl: got 'composite', expected one of reference, triton"),
-        (["--impl", "cuda"], "impl: got 'cuda', expected one that can run, but the CUDA kernels need compute capability 9.0"),
+        (["--impl", "cuda"], "impl: got 'cuda', expected one that can run, but the CUDA kernels need compute capability 8.0"),
     ],
 )
 def test_check_refuses(arguments, message):

@@ -228,6 +228,7 @@ def check_case(
     device: torch.device | str,
     inputs: dict[str, torch.Tensor] | None = None,
     grads: dict[str, torch.Tensor] | None = None,
+    draws: int = 8,
 ) -> list[Row]:
     """Check outputs and gradients of one case.
 
@@ -238,6 +239,7 @@ def check_case(
         device: where to run it.
         inputs: tensors by name in place of drawn ones, e.g. with unusual strides.
         grads: gradients of the outputs by name, likewise.
+        draws: how many times the inputs are rounded once more, at random, for the yardstick.
 
     Returns:
         A row for every output and one for every gradient.
@@ -251,7 +253,7 @@ def check_case(
     exact, exact_grads = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (inputs, grads))
     truth = gradients(case, exact, "reference", exact_grads)
     shaken = []
-    for seed in range(8):
+    for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         rounded, rounded_grads = (
             {name: _round_once(tensor, dtype, generator) for name, tensor in tensors.items()}

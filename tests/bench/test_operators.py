@@ -176,7 +176,7 @@ def test_the_interpreter_is_not_timed():
 
 def test_a_variant_that_refuses_a_case_has_its_reason_and_no_time(monkeypatch):
     case = replace(CASES["strided_conv_gelu", "forward"], channels=12, dtype="bfloat16")
-    monkeypatch.setattr(select, "_no_hopper_kernels", lambda *_: None)
+    monkeypatch.setattr(select, "_no_cuda_kernels", lambda *_: None)
     found = measure_case(case, CPU, {name: op_variants.function(case, name) for name in ("eager", "cuda")}, rounds=2)
     assert found["eager"]["timings"]
     assert found["cuda"]["timings"] == {}

@@ -1,12 +1,12 @@
 """The CUDA extension without a GPU: built, imported, refusing, its schedule, and what the compiler made of the kernels."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -14,30 +14,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laco_kernels.bench import cuda_resources
+
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = [
     pytest.mark.xdist_group("csrc"),  # built once, not once a worker
     pytest.mark.skipif(NVCC is None, reason="needs nvcc to build the CUDA extension"),
 ]
-TILES = {"128x256": (128, 256), "192x128": (192, 128)}
-KERNELS = 6  # of each tile and type: no activation, erf and tanh with and without saving, residual
-TYPES = ("BF16", "F16")
+TILES = {"128x256": (128, 256), "192x128": (192, 128), "128x192": (128, 192), "128x128": (128, 128), "64x256": (64, 256)}
 
 
 def setup(folder, **env):
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def extension(tmp_path_factory):
+def built(tmp_path_factory):
+    """The library, and what the compiler says of each kernel; objects that an installation has compiled are used again."""
     folder = tmp_path_factory.mktemp("extension")
     done = setup(folder, LACO_BUILD_CUDA="1")
     assert done.returncode == 0, done.stderr
     assert "laco_kernels: built" in done.stderr
+    assert "for sm_80 and sm_90a" in done.stderr
     (library,) = folder.rglob("_cuda*.so")
-    spec = spec_from_file_location("laco_kernels._cuda", library)
+    return library, "".join(log.read_text() for log in sorted((ROOT / "build" / "cuda").glob("*.log")))
+
+
+@pytest.fixture(scope="module")
+def extension(built):
+    spec = spec_from_file_location("laco_kernels._cuda", built[0])
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -50,8 +57,18 @@ def test_the_build_says_what_it_did_not_do(tmp_path):
     done = setup(tmp_path, LACO_BUILD_CUDA="yes")
     assert done.returncode == 1
     assert "LACO_BUILD_CUDA: got 'yes', expected one of auto, 0, 1. Leave it out for 'auto'." in done.stderr
-    assert "LACO_CUDA_ARCHS: got '80', expected one of 90a" in setup(tmp_path, LACO_CUDA_ARCHS="80").stderr
+    assert "LACO_CUDA_ARCHS: got '75', expected one of 80, 90a, 80;90a" in setup(tmp_path, LACO_CUDA_ARCHS="75").stderr
     assert not list(tmp_path.rglob("_cuda*"))
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_kernels_of_one_architecture_import_without_the_others(built, tmp_path, arch):  # built: so that theirs are reused
+    done = setup(tmp_path, LACO_BUILD_CUDA="1", LACO_CUDA_ARCHS=arch)
+    assert done.returncode == 0, done.stderr
+    (library,) = tmp_path.rglob("_cuda*")
+    code = "import _cuda; print(*_cuda.ARCHITECTURES)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=library.parent, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{arch}\n", done.stderr
 
 
 def test_a_broken_compiler_stops_only_who_asked_for_the_extension(tmp_path):
@@ -69,113 +86,219 @@ def test_a_broken_compiler_stops_only_who_asked_for_the_extension(tmp_path):
     assert "LACO_BUILD_CUDA: got '1', expected the CUDA extension to build" in done.stderr
 
 
+def test_a_rebuild_compiles_only_what_changed(built, tmp_path):
+    objects = ROOT / "build" / "cuda"
+    before = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
+    assert len(before) >= 7
+    command = objects / "hopper_128x128.cu.command"
+    command.write_text("another compiler")
+    assert setup(tmp_path, LACO_BUILD_CUDA="1").returncode == 0
+    after = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
+    assert {name for name in after if after[name] != before[name]} == {"hopper_128x128.cu.o"}
+
+
 def test_it_links_neither_torch_nor_the_driver(extension):
     needed = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True).stdout
     assert not re.search("torch|libcuda|cudart", needed), needed
 
 
-PASSING = {"sources": [64], "batch": 2, "height": 4, "width": 4, "stride_b": 1024, "stride_t": 64, "channels": 64}
-PASSING |= {"weight": 64, "n": 64, "out": 64}
-RESIDUAL = {"residual": 64, "residual_stride_b": 4096, "residual_stride_t": 64, "residual_height": 8, "residual_width": 8}
+def tokens(extension, **change):
+    sizes = {"sources": [64], "batch": 2, "height": 4, "width": 4, "stride_b": 1024, "stride_t": 64, "channels": 64}
+    return extension.Tokens(**{**sizes, **change})
+
+
+def problem(extension, product, change):
+    """A problem that would be launched, changed; changes of tokens are dictionaries."""
+    change = dict(change)
+
+    def of(name, **sizes):
+        return tokens(extension, **{**sizes, **change.pop(name, {})})
+
+    rows = {"height": 1, "width": 16}
+    passing = {"element": 0, "out": 64}
+    if product == "forward":
+        passing |= {"x": of("x"), "weight": 64, "n": 64}
+        if "residual" in change:
+            passing |= {"residual_kind": 1, "residual": of("residual", height=8, width=8, side=2, stride_b=4096)}
+    elif product == "input_gradient":
+        passing |= {"gradient": of("gradient", **rows), "weight": 64, "channels": 64, "width": 16}
+        if "residual_gradient" in change:
+            passing |= {"residual_kind": 1, "residual_gradient": of("residual_gradient", **rows)}
+    else:
+        passing |= {"gradient": of("gradient", **rows), "x": of("x")}
+    return {**passing, **change}
+
+
+OVERLAP, ROWS = "tokens or images overlap", "the windows must be the gradient's rows"
+UNITS, ALIGNED = "channels, n and strides must be multiples of 8", "pointers must be 16-byte aligned"
 REFUSALS = [
-    ({"sources": []}, "there must be 1 to 8 sources"),
-    ({"sources": [64] * 9}, "there must be 1 to 8 sources"),
-    ({"batch": -1}, "sizes must be positive"),
-    ({"height": 0}, "sizes must be positive"),
-    ({"element": 2}, "element must be 0 or 1"),
-    ({"side": 0}, "windows must be 1 to 8 tokens wide"),
-    ({"side": 9}, "windows must be 1 to 8 tokens wide"),
-    ({**RESIDUAL, "residual_side": 9}, "windows must be 1 to 8 tokens wide"),
-    ({"batch": 2**26, "stride_b": 2048}, "too many rows for 32-bit row numbers"),
-    ({"channels": 60}, "channels, n and strides must be multiples of 8"),
-    ({"n": 60}, "channels, n and strides must be multiples of 8"),
-    ({"stride_t": 68}, "channels, n and strides must be multiples of 8"),
-    ({"stride_b": 0}, "tokens or images overlap"),
-    ({"stride_t": 32}, "tokens or images overlap"),
-    ({"activation": 3}, "activation must be 0, 1 or 2"),
-    ({"pre": 64}, "there is nothing to save"),
-    ({"bias": 66}, "pointers must be 16-byte aligned"),
-    ({"sources": [72]}, "pointers must be 16-byte aligned"),
-    ({"out_prefix": 1}, "an output with prefix tokens needs a residual"),
-    ({**RESIDUAL, "activation": 1}, "the residual comes without an activation"),
-    ({**RESIDUAL, "residual_side": 3}, "the residual's windows must be the output's rows"),
-    ({**RESIDUAL, "residual_height": 9}, "the residual's windows must be the output's rows"),
-    ({**RESIDUAL, "residual_stride_b": 64}, "tokens or images of the residual overlap"),
-    ({**RESIDUAL, "residual_stride_b": 8192, "residual_block": True}, "a residual in block order must be contiguous"),
+    ("forward", {"x": {"sources": []}}, "there must be 1 to 8 sources"),
+    ("forward", {"x": {"sources": [64] * 9}}, "there must be 1 to 8 sources"),
+    ("forward", {"x": {"batch": -1}}, "sizes must be positive"),
+    ("forward", {"x": {"height": 0}}, "sizes must be positive"),
+    ("forward", {"n": -8}, "sizes must be positive"),
+    ("forward", {"element": 2}, "element must be 0 or 1"),
+    ("forward", {"x": {"side": 0}}, "windows must be 1 to 8 tokens wide"),
+    ("forward", {"x": {"side": 9}}, "windows must be 1 to 8 tokens wide"),
+    ("forward", {"residual": {"side": 9}}, "windows must be 1 to 8 tokens wide"),
+    ("forward", {"x": {"batch": 2**26, "stride_b": 2048}}, "too many rows for 32-bit row numbers"),
+    ("forward", {"x": {"channels": 60}}, UNITS),
+    ("forward", {"n": 60}, UNITS),
+    ("forward", {"x": {"stride_t": 68}}, UNITS),
+    ("forward", {"x": {"stride_b": 0}}, OVERLAP),
+    ("forward", {"x": {"stride_t": 32}}, OVERLAP),
+    ("forward", {"activation": 3}, "activation must be 0, 1 or 2"),
+    ("forward", {"pre": 64}, "there is nothing to save"),
+    ("forward", {"bias": 66}, ALIGNED),
+    ("forward", {"x": {"sources": [72]}}, ALIGNED),
+    ("forward", {"out_prefix": 1}, "an output with prefix tokens needs a residual"),
+    ("forward", {"residual": {}, "activation": 1}, "the residual comes without an activation"),
+    ("forward", {"residual": {"side": 3}}, "the residual's windows must be the output's rows"),
+    ("forward", {"residual": {"height": 9, "stride_b": 8192}}, "the residual's windows must be the output's rows"),
+    ("forward", {"residual": {"stride_b": 64}}, OVERLAP),
+    ("forward", {"residual": {"channels": 56}}, "the residual must be one source as wide as the output"),
+    ("forward", {"residual": {"stride_b": 8192}, "residual_block": True}, "a residual in block order must be contiguous"),
+    ("input_gradient", {"gradient": {"side": 2}}, "a gradient must be one source of single tokens"),
+    ("input_gradient", {"gradient": {"sources": [64, 64]}}, "a gradient must be one source of single tokens"),
+    ("input_gradient", {"side": 9}, "windows must be 1 to 8 tokens wide"),
+    ("input_gradient", {"channels": 60}, UNITS),
+    ("input_gradient", {"channels": 0}, "sizes must be positive"),
+    ("input_gradient", {"out_prefix": -1}, "sizes must be positive"),
+    ("input_gradient", {"out": 72}, ALIGNED),
+    ("input_gradient", {"sums": 72, "pre": 64, "activation": 1}, ALIGNED),
+    ("input_gradient", {"width": 15}, ROWS),
+    ("input_gradient", {"pre": 64}, "there is no activation to go back through"),
+    ("input_gradient", {"pre": 64, "activation": 1, "out_prefix": 1}, "an activation's rows are plain"),
+    ("input_gradient", {"activation": 1}, "an activation's gradient needs what it was applied to"),
+    ("input_gradient", {"act": 64}, "an activation's gradient needs what it was applied to"),
+    ("input_gradient", {"residual_gradient": {"channels": 56}}, "the residual must be one source as wide as the output"),
+    ("input_gradient", {"residual_gradient": {"width": 15}}, ROWS),
+    ("weight_gradient", {"gradient": {"side": 2}}, "a gradient must be one source of single tokens"),
+    ("weight_gradient", {"x": {"side": 2}}, ROWS),
+    ("weight_gradient", {"x": {"batch": 1}}, ROWS),
+    ("weight_gradient", {"out": 66}, ALIGNED),
+    ("weight_gradient", {"element": -1}, "element must be 0 or 1"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSALS)
-def test_bad_problems_are_refused_before_anything_is_launched(extension, change, message):
-    assert extension.gemm(**{**PASSING, **change}).startswith(message)
+@pytest.mark.parametrize(("product", "change", "message"), REFUSALS)
+def test_bad_problems_are_refused_before_anything_is_launched(extension, product, change, message):
+    assert getattr(extension, product)(**problem(extension, product, change)).startswith(message)
 
 
-def test_nothing_to_compute_is_no_error(extension):
-    assert extension.gemm(**{**PASSING, "batch": 0, "sources": [0]}) is None
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
 
-def test_without_a_gpu_it_says_so(extension):
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_without_a_gpu_it_says_so(extension, product):
     import torch
 
     if torch.cuda.is_available():
         assert extension.problem() is None
     else:
         assert "CUDA" in extension.problem()
-        assert "CUDA" in extension.gemm(**PASSING)
+        assert "CUDA" in getattr(extension, product)(**problem(extension, product, {}))
 
 
 def test_tiles_are_chosen_by_waves(extension):
     assert {name: tile[:2] for name, tile in extension.TILES.items()} == TILES
     chosen = {(9216, 4096): "128x256", (9216, 1024): "192x128", (2304, 4096): "192x128", (36864, 1024): "128x256"}
-    assert {shape: extension.choose_tile(*shape, 132) for shape in chosen} == chosen
+    plans = {shape: extension.plan(shape[0], shape[1] // 64, 64, 132, True) for shape in chosen}
+    assert {shape: plan["tile"] for shape, plan in plans.items()} == chosen
+    assert {plan["splits"] for plan in plans.values()} == {1}
+    assert plans[9216, 4096]["waves"] == 9
 
 
-@given(st.integers(1, 3000), st.integers(1, 600).map(lambda n: 8 * n), st.integers(1, 140))
-def test_the_blocks_work_on_every_tile_once(extension, m, n, blocks):
+def test_where_tiles_are_few_blocks_share_their_depth(extension):
+    """One image: 144 rows of 4096 columns are 32 tiles for 132 multiprocessors."""
+    plan = extension.plan(144, 64, 64, 132, True)
+    assert (plan["tile"], plan["splits"], plan["tiles"], plan["waves"]) == ("192x128", 4, 32, 1)
+    alone = extension.plan(144, 64, 64, 132, False)
+    assert alone["splits"] == 1
+    assert plan["microseconds"] < alone["microseconds"] / 1.5
+    assert extension.plan(144, 64, 7, 132, True)["splits"] == 1  # too short a depth
+
+
+@given(st.integers(1, 3000), st.integers(1, 80), st.integers(1, 400), st.integers(1, 140), st.booleans())
+def test_plans_are_consistent(extension, m, chunks, steps, multiprocessors, may_split):
+    plan = extension.plan(m, chunks, steps, multiprocessors, may_split)
+    bm, bn = TILES[plan["tile"]]
+    assert plan["tiles"] == -(-m // bm) * -(-chunks // (bn // 64))
+    assert plan["waves"] == -(-plan["tiles"] * plan["splits"] // multiprocessors)
+    if plan["splits"] > 1:
+        assert may_split
+        assert plan["tile"] in ("192x128", "128x128")
+        assert plan["waves"] == 1
+        assert steps >= 4 * plan["splits"]
+
+
+@given(st.integers(1, 3000), st.integers(1, 80), st.integers(1, 140))
+def test_the_blocks_work_on_every_tile_once(extension, m, chunks, blocks):
     for name, (bm, bn) in TILES.items():
-        found = [tile for block in range(blocks) for tile in extension.schedule(name, m, n, block, blocks)]
-        assert Counter(found) == Counter((row, column) for row in range(0, m, bm) for column in range(0, n, bn))
+        found = [tile for block in range(blocks) for tile in extension.schedule(name, m, chunks, block, blocks)]
+        assert Counter(found) == Counter((row, chunk) for row in range(0, m, bm) for chunk in range(0, chunks, bn // 64))
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """By tile, what ptxas says and the machine code."""
-    folder = tmp_path_factory.mktemp("kernels")
-    tool = Path(__import__("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-    def make(name):
-        cubin = folder / f"{name}.cubin"
-        arch = "-gencode=arch=compute_90a,code=sm_90a"
-        command = [NVCC, "-std=c++17", "-O3", arch, "-Xptxas=-v", "-cubin", f"hopper_{name}.cu", "-o", str(cubin)]
-        done = subprocess.run(command, cwd=ROOT / "csrc", capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        code = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-        return name, (done.stdout + done.stderr, code.split("Function : ")[1:])
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(make, TILES))
+def kernels(built):
+    """By name, each kernel's machine code and its line of resources."""
+    return cuda_resources.kernels(built[0])
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_nothing_spills_and_nothing_is_serialised(compiled, tile):
-    log, _ = compiled[tile]
-    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")] * KERNELS * len(TYPES)
+def test_nothing_spills_and_nothing_is_serialised(built, kernels):
+    log = built[1]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert set(spills) == {("0", "0")}
+    assert len(spills) == len(kernels)
     assert not re.search("C75(08|10|11)", log), log
-    # Three warpgroups of 168 registers, or four of 128, are what a multiprocessor has; roles then shift them among themselves.
-    assert {int(used) for used in re.findall(r"Used (\d+) registers", log)} == {{"128x256": 168, "192x128": 128}[tile]}
+    for name, kernel in kernels.items():
+        assert not re.search(r"\b(STL|LDL)\b", kernel.code), name
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_the_matrix_units_and_the_copy_engine_do_the_work(compiled, tile):
-    _, kernels = compiled[tile]
-    width = tile.split("x")[1]
-    products = {"BF16": f"HGMMA.64x{width}x16.F32.BF16", "F16": f"HGMMA.64x{width}x16.F32 "}
+def test_registers_are_those_that_warpgroups_share_out(kernels):
+    """Three warpgroups of 168 registers, or four of 128, are all there are; roles then shift them among themselves."""
+    for kernel in kernels.values():
+        if kernel.tile in ("128x256", "128x192", "128x128"):
+            assert kernel.registers == 168
+        elif kernel.tile == "192x128":
+            assert kernel.registers == 128
+        else:
+            assert kernel.registers <= 255
+
+
+def test_the_matrix_units_and_the_copy_engine_do_the_work(kernels):
+    of_hopper = [kernel for kernel in kernels.values() if kernel.tile in TILES]
     found = Counter()
-    for kernel in kernels:
-        counts = {kind: kernel.count(product) for kind, product in products.items()}
-        assert sorted(counts.values()) == [0, 4]  # a slot is 64 deep
-        found.update(kind for kind, count in counts.items() if count)
-        assert "UTMALDG.4D.IM2COL" in kernel
-        assert "UTMASTG" in kernel
-        assert not re.search(r"\b(STL|LDL)\b", kernel)
-    assert found == dict.fromkeys(TYPES, KERNELS)
+    for kernel in of_hopper:
+        width = kernel.tile.split("x")[1]
+        products = {"bfloat16": f"HGMMA.64x{width}x16.F32.BF16", "float16": f"HGMMA.64x{width}x16.F32 "}
+        for element, product in products.items():
+            assert kernel.code.count(product) == (4 if element == kernel.element else 0)  # a slot is 64 deep
+        assert "UTMALDG.4D.IM2COL" in kernel.code
+        assert ("UTMASTG" in kernel.code) == (kernel.product != "input_gradient" or kernel.activation != "none")
+        assert ("UCGABAR" in kernel.code) == kernel.split
+        found[kernel.tile, kernel.element] += 1
+    splitting = {"192x128", "128x128"}
+    assert found == {(tile, e): 12 if tile in splitting else 8 for tile in TILES for e in ("bfloat16", "float16")}
+
+
+def test_the_tensor_cores_do_amperes_work(kernels):
+    of_ampere = [kernel for kernel in kernels.values() if kernel.tile == "ampere"]
+    transposed = {"forward": 0, "input_gradient": 8, "weight_gradient": 16}  # operands that lie across the depth
+    for kernel in of_ampere:
+        for element, product in {"bfloat16": "HMMA.16816.F32.BF16", "float16": "HMMA.16816.F32 "}.items():
+            assert kernel.code.count(product) == (64 if element == kernel.element else 0)
+        assert kernel.code.count("LDSM.16.MT88.4") == transposed[kernel.product]
+        assert kernel.code.count("LDSM.16.M88.4") == 16 - transposed[kernel.product]
+        assert "LDGSTS.E.BYPASS.128" in kernel.code
+        assert re.findall(r"\bSTG\.E\.(\d+)", kernel.code).count("128") >= 16
+        assert 2 * kernel.shared_bytes <= 98 * 1024  # two blocks on a multiprocessor of 8.6
+    assert Counter(kernel.element for kernel in of_ampere) == {"bfloat16": 7, "float16": 7}
+
+
+def test_the_recorded_table_is_of_these_kernels(kernels):
+    """Registers differ between compilers, names and shared memory do not."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "cuda-kernel-resources.json").read_text())
+    assert {row["kernel"]: row["shared_bytes"] for row in recorded["kernels"]} == {
+        name: kernel.shared_bytes for name, kernel in kernels.items()
+    }

@@ -1,54 +1,46 @@
-"""``impl="cuda"``: forward passes as Hopper matrix products that do everything else on the way; ``csrc/`` has the kernel.
+"""``impl="cuda"``: every product of the operators, forward and backward, in a kernel that does everything else on the way.
 
-bfloat16 and float16 on compute capability 9.0. The copy engine gathers windows, completes odd grids with zeros and drops
-prefix tokens; bias, GELU, saved pre-activation and residual are the product's epilogue. Only the forward pass is the fused
-kernel; the backward pass is that of the composite, cuBLAS products between fused passes.
+bfloat16 and float16 on compute capability 8.0 and newer; ``csrc/`` has the kernels. Windows are gathered where they lie, odd
+grids are completed with zeros, prefix tokens are dropped; bias, GELU, saved pre-activation, GELU's derivative with the
+recomputed activation and the bias's gradient, the residual and its gradient, and the way back to tokens are the products'
+epilogues.
+The activation of an operator that ends in one is gone back through in a pass of Triton's, as is done everywhere else.
 
-What the copy engine cannot address, or the kernel was not written for, is an :class:`~laco_kernels.errors.UnsupportedError`:
+What the kernels cannot address, or were not written for, is an :class:`~laco_kernels.errors.UnsupportedError`:
 an explicit ``impl="cuda"`` raises it, the automatic choice takes the composite instead.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from laco_kernels.errors import UnsupportedError, complaint
-from laco_kernels.kernels import select
-from laco_kernels.kernels.backward import (
-    gelu_mlp_backward,
-    multi_block_linear_gelu_backward,
-    patch_merge_backward,
-    strided_conv_backward,
-    strided_conv_gelu_backward,
+from laco_kernels.kernels import pointwise
+from laco_kernels.kernels.common import activated, column_sum
+from laco_kernels.kernels.cuda_products import (
+    ACTIVATIONS,
+    MOST_SIDE,
+    MOST_SOURCES,
+    addressable,
+    forward,
+    layer,
+    of_weight,
+    plain,
+    residual_of,
+    rows_of,
+    strides,
+    through_activation,
+    to_tokens,
+    unsupported,
+    windows_of,
 )
-from laco_kernels.kernels.passes import LISTENERS, announce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from laco_kernels.geometry import Windows
-
-__all__ = [
-    "gelu_mlp_backward",
-    "gelu_mlp_forward",
-    "multi_block_linear_gelu_backward",
-    "multi_block_linear_gelu_forward",
-    "patch_merge_backward",
-    "patch_merge_forward",
-    "strided_conv_backward",
-    "strided_conv_forward",
-    "strided_conv_gelu_backward",
-    "strided_conv_gelu_forward",
-]
-
-GELU = {"none": 1, "tanh": 2}
-ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
-MOST_SOURCES, MOST_ROWS, MOST_SIDE = 8, 1 << 30, 8
-ALIGNMENT, ELEMENT = 16, 2  # bytes: what the copy engine counts in, and one element
-UNIT = ALIGNMENT // ELEMENT
+    from laco_kernels.kernels.cuda_products import Tokens
 
 
 def patch_merge_forward(
@@ -67,52 +59,103 @@ def patch_merge_forward(
     """See :func:`laco_kernels.reference.patch_merge_forward`; without ``save`` the pre-activation is empty."""
     batch, prefix, rows = x.shape[0], windows.prefix_tokens, windows.num_windows
     hidden, out = weight1.shape[0], weight2.shape[0]
-    if windows.ratio > MOST_SIDE:
-        raise _unsupported("ratio", windows.ratio, f"at most {MOST_SIDE}")
-    if approximate not in GELU:
-        raise _unsupported("approximate", repr(approximate), " or ".join(map(repr, GELU)))
-    if residual_kind == "channel_group":
-        raise _unsupported("residual", "'channel_group'", "'mean' or 'none'")
-    tokens = _tokens("x", x, batch * rows)
-    weight1, bias1 = _layer("1", weight1, bias1)
-    weight2, bias2 = _layer("2", weight2, bias2)
+    _check_side("ratio", windows)
+    if approximate not in ACTIVATIONS:
+        raise unsupported("approximate", repr(approximate), "'none' or 'tanh'")
+    tokens = strides("x", x, batch * rows)
+    weight1, bias1 = layer("1", weight1, bias1)
+    weight2, bias2 = layer("2", weight2, bias2)
 
     pre = x.new_empty((batch, rows, hidden) if save else (0,))
     act = x.new_empty(batch, rows, hidden)
     patches = x[:, prefix:]
-    source = _windows(tokens, batch, windows, layout)
-    _gemm([patches], act, weight1, bias1, approximate=approximate, pre=pre if save else None, **source)
+    source = windows_of(tokens, batch, windows, layout)
+    forward([patches], source, act, weight1, bias1, approximate=approximate, pre=pre if save else None)
 
     y = x.new_empty(batch, prefix + rows, out)
     if prefix:
         y[:, :prefix] = x[:, :prefix]
-    source = {"sources": [act.data_ptr()], **_rows(batch, rows, hidden, hidden, rows * hidden)}
-    if residual_kind == "mean":
-        _gemm([act, patches], y, weight2, bias2, out_prefix=prefix, **source, **_residual(tokens, batch, windows, layout))
+    if residual_kind != "none":
+        residual = residual_of(tokens, batch, windows, layout, residual_kind)
+        forward([act, patches], plain(act), y, weight2, bias2, out_prefix=prefix, **residual)
     elif prefix and batch > 1:  # images that do not follow each other
         merged = x.new_empty(batch, rows, out)
-        _gemm([act], merged, weight2, bias2, **source)
+        forward([act], plain(act), merged, weight2, bias2)
         y[:, prefix:] = merged
     else:
-        _gemm([act], y[:, prefix:], weight2, bias2, **source)
+        forward([act], plain(act), y[:, prefix:], weight2, bias2)
     return y, pre
 
 
-gelu_mlp_forward = patch_merge_forward  # a merge of one token a window, without a residual
+def patch_merge_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    residual_kind: str,
+    approximate: str,
+    layout: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.patch_merge_backward`."""
+    prefix = windows.prefix_tokens
+    g = addressable(grad[:, prefix:])
+    dx = dweight1 = dbias1 = dweight2 = dbias2 = act = None
+    if any(needs[:3]):
+        dpre, dbias1, act = through_activation(g, weight2, pre, approximate, with_sums=needs[2], with_act=needs[3])
+        if needs[1]:
+            dweight1 = _of_window_weight(dpre, x, windows, layout)
+        if needs[0]:
+            dx = x.new_empty(x.shape)
+            if prefix:
+                dx[:, :prefix] = grad[:, :prefix]
+            to_tokens(dpre, weight1, dx, windows, layout, residual_kind, g)
+    elif needs[3]:
+        act = activated(pre, approximate)
+    if act is not None:
+        dweight2 = of_weight(g, [act], plain(act), act.shape[2])
+    if needs[4]:
+        dbias2 = column_sum(g)
+    return [dx, dweight1, dbias1, dweight2, dbias2]
+
+
+gelu_mlp_forward, gelu_mlp_backward = patch_merge_forward, patch_merge_backward  # one token a window, without a residual
 
 
 def strided_conv_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, windows: Windows, layout: str, **epilogue: Any
 ) -> torch.Tensor:
     """See :func:`laco_kernels.reference.strided_conv_forward`; ``epilogue`` is what the product does besides."""
-    if windows.ratio > MOST_SIDE:
-        raise _unsupported("kernel_size", windows.ratio, f"at most {MOST_SIDE}")
+    _check_side("kernel_size", windows)
     batch, rows = x.shape[0], windows.num_windows
-    tokens = _tokens("x", x, batch * rows)
-    weight, bias = _layer("", weight, bias)
+    tokens = strides("x", x, batch * rows)
+    weight, bias = layer("", weight, bias)
     y = x.new_empty(batch, rows, weight.shape[0])
-    _gemm([x[:, windows.prefix_tokens :]], y, weight, bias, **epilogue, **_windows(tokens, batch, windows, layout))
+    forward([x[:, windows.prefix_tokens :]], windows_of(tokens, batch, windows, layout), y, weight, bias, **epilogue)
     return y
+
+
+def strided_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    layout: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.strided_conv_backward`."""
+    g = addressable(grad)
+    dx = None
+    if needs[0]:
+        dx = x.new_empty(x.shape)
+        dx[:, : windows.prefix_tokens].zero_()
+        to_tokens(g, weight, dx, windows, layout, "none", g)
+    dweight = _of_window_weight(g, x, windows, layout) if needs[1] else None
+    return [dx, dweight, column_sum(grad) if needs[2] else None]
 
 
 def strided_conv_gelu_forward(
@@ -131,6 +174,23 @@ def strided_conv_gelu_forward(
     return strided_conv_forward(x, weight, bias, windows=windows, layout=layout, **epilogue), pre
 
 
+def strided_conv_gelu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pre: torch.Tensor,
+    weight: torch.Tensor,
+    needs: Sequence[bool],
+    *,
+    windows: Windows,
+    layout: str,
+    approximate: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.strided_conv_gelu_backward`."""
+    dpre, dbias = _back_through_last_activation(grad, pre, approximate, needs[2])
+    dx, dweight, _ = strided_conv_backward(dpre, x, weight, [*needs[:2], False], windows=windows, layout=layout)
+    return [dx, dweight, dbias]
+
+
 def multi_block_linear_gelu_forward(
     xs: Sequence[torch.Tensor],
     weight: torch.Tensor,
@@ -141,151 +201,75 @@ def multi_block_linear_gelu_forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`laco_kernels.reference.multi_block_linear_gelu_forward`; without ``save`` the pre-activation is empty."""
-    batch, rows = xs[0].shape[0], xs[0].shape[1] - prefix_tokens
-    if len(xs) > MOST_SOURCES:
-        raise _unsupported("xs", f"{len(xs)} blocks", f"at most {MOST_SOURCES}")
-    blocks = [_tokens(f"xs[{i}]", x, batch * rows) for i, x in enumerate(xs)]
-    first = blocks[0]
-    for i, block in enumerate(blocks):
-        if block[1:] != first[1:]:
-            raise _unsupported(
-                f"xs[{i}]", f"strides {xs[i].stride()}", f"{xs[0].stride()}, those of xs[0],", "Copy those that differ"
-            )
-    weight, bias = _layer("", weight, bias)
-    shape = (batch, rows, weight.shape[0])
+    blocks = _blocks(xs, prefix_tokens)
+    weight, bias = layer("", weight, bias)
+    shape = (blocks.batch, blocks.width, weight.shape[0])
     y, pre = xs[0].new_empty(shape), xs[0].new_empty(shape if save else (0,))
-    sources = [block.behind(prefix_tokens) for block in blocks]
-    source = {"sources": sources, **_rows(batch, rows, first.channels, first.stride_t, first.stride_b)}
     reads = [x[:, prefix_tokens:] for x in xs]
-    _gemm(reads, y, weight, bias, approximate=approximate, pre=pre if save else None, **source)
+    forward(reads, blocks, y, weight, bias, approximate=approximate, pre=pre if save else None)
     return y, pre
 
 
-class Tokens(NamedTuple):
-    """Where tokens ``[B, T, C]`` lie in memory, in elements from one to the next."""
-
-    address: int
-    stride_b: int
-    stride_t: int
-    channels: int
-
-    def behind(self, tokens: int) -> int:
-        """Return the address of the first image's token number ``tokens``."""
-        return self.address + ELEMENT * tokens * self.stride_t
-
-
-def _unsupported(argument: str, given: object, expected: str, remedy: str = "") -> UnsupportedError:
-    others = "impl='composite', impl='triton' and the automatic choice have no such limit"
-    return UnsupportedError(
-        complaint(argument, given, f"{expected} for impl='cuda'", f"{remedy}; {others}" if remedy else others)
-    )
-
-
-def _tokens(name: str, x: torch.Tensor, rows: int) -> Tokens:
-    batch, count, channels = x.shape
-    if channels % UNIT or not channels:
-        raise _unsupported(name, f"{channels} channels", f"a multiple of {UNIT}")
-    if rows >= MOST_ROWS:
-        raise _unsupported(name, f"{rows} output tokens", f"fewer than {MOST_ROWS}")
-    # The stride of a dimension of size 1 means nothing and may be anything.
-    stride_t = x.stride(1) if count > 1 else channels
-    stride_b = x.stride(0) if batch > 1 else count * stride_t
-    apart = stride_t >= channels and stride_b >= count * stride_t
-    if x.stride(2) != 1 or not apart or stride_t % UNIT or stride_b % UNIT or x.data_ptr() % ALIGNMENT:
-        given = f"strides {x.stride()} at an address that is {x.data_ptr() % ALIGNMENT} modulo {ALIGNMENT}"
-        expected = f"channels side by side, tokens and images multiples of {UNIT} apart, {ALIGNMENT}-byte aligned,"
-        raise _unsupported(name, given, expected, f"Pass {name}.clone(memory_format=torch.contiguous_format)")
-    return Tokens(x.data_ptr(), stride_b, stride_t, channels)
-
-
-def _layer(suffix: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check a layer's parameters; a bias with gaps comes back without."""
-    name = f"weight{suffix}"
-    if weight.shape[0] % UNIT or not weight.shape[0] or weight.shape[1] % UNIT:
-        raise _unsupported(name, list(weight.shape), f"both sides multiples of {UNIT}")
-    if not weight.is_contiguous():
-        raise _unsupported(name, f"strides {weight.stride()}", "a contiguous matrix", f"Pass {name}.contiguous()")
-    bias = bias if bias is None else bias.contiguous()
-    for what, tensor in ((name, weight), (f"bias{suffix}", bias)):
-        if tensor is not None and tensor.data_ptr() % ALIGNMENT:
-            given = f"an address that is {tensor.data_ptr() % ALIGNMENT} modulo {ALIGNMENT}"
-            raise _unsupported(what, given, f"one that {ALIGNMENT} divides", f"Pass {what}.clone()")
-    return weight, bias
-
-
-def _rows(batch: int, rows: int, channels: int, stride_t: int, stride_b: int) -> dict[str, Any]:
-    """Rows of a product that are one token each."""
-    return {"batch": batch, "height": 1, "width": rows, "channels": channels, "stride_t": stride_t, "stride_b": stride_b}
-
-
-def _windows(tokens: Tokens, batch: int, windows: Windows, layout: str) -> dict[str, Any]:
-    """Rows of a product that are windows."""
-    _, stride_b, stride_t, channels = tokens
-    first = [tokens.behind(windows.prefix_tokens)]
-    if layout == "block" and stride_t == channels:  # a window's tokens are one row
-        width = windows.ratio**2 * channels
-        return {"sources": first, **_rows(batch, windows.num_windows, width, width, stride_b)}
-    height, width = _image(windows, layout)
-    image = {"batch": batch, "height": height, "width": width, "channels": channels, "stride_t": stride_t, "stride_b": stride_b}
-    return {"sources": first, "side": windows.ratio, **image}
-
-
-def _residual(tokens: Tokens, batch: int, windows: Windows, layout: str) -> dict[str, Any]:
-    _, stride_b, stride_t, channels = tokens
-    height, width = _image(windows, layout)
-    follow = stride_t == channels and (batch == 1 or stride_b == windows.num_patches * channels)
-    return {
-        "residual": tokens.behind(windows.prefix_tokens),
-        "residual_stride_b": stride_b,
-        "residual_stride_t": stride_t,
-        "residual_height": height,
-        "residual_width": width,
-        "residual_side": windows.ratio,
-        "residual_block": layout == "block" and not windows.prefix_tokens and follow,
-    }
-
-
-def _image(windows: Windows, layout: str) -> tuple[int, int]:
-    """Height and width of the image that the tokens are: window by window they are one that is a window wide."""
-    return (windows.ratio * windows.num_windows, windows.ratio) if layout == "block" else windows.grid
-
-
-def _gemm(
-    reads: Sequence[torch.Tensor],
-    out: torch.Tensor,
+def multi_block_linear_gelu_backward(
+    grad: torch.Tensor,
+    xs: Sequence[torch.Tensor],
+    pre: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    needs: Sequence[bool],
     *,
-    approximate: str | None = None,
-    pre: torch.Tensor | None = None,
-    out_prefix: int = 0,
-    **problem: Any,
-) -> None:
-    """Launch ``out = gelu(A weight^T + bias) + residual``; ``csrc/hopper_gemm.h`` documents ``problem``."""
-    if not problem["batch"] * problem["width"]:
-        return
-    if LISTENERS:
-        announce([*reads, weight, bias], [out[:, out_prefix:], pre])
-    if out.device.type == "meta":
-        return
-    _launch(
-        out.device,
-        **problem,
-        element=ELEMENTS[out.dtype],
-        weight=weight.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        n=weight.shape[0],
-        activation=0 if approximate is None else GELU[approximate],
-        out=out.data_ptr(),
-        out_prefix=out_prefix,
-        pre=0 if pre is None else pre.data_ptr(),
-    )
+    prefix_tokens: int,
+    approximate: str,
+) -> list[torch.Tensor | None]:
+    """See :func:`laco_kernels.reference.multi_block_linear_gelu_backward`.
+
+    A gradient of the blocks, which frozen encoders never ask for, is a product of torch's for each.
+    """
+    dpre, dbias = _back_through_last_activation(grad, pre, approximate, needs[-1])
+    channels = xs[0].shape[2]
+    dxs: list[torch.Tensor | None] = []
+    for i, x in enumerate(xs):
+        dx = None
+        if needs[i]:
+            dx = x.new_empty(x.shape)
+            dx[:, :prefix_tokens].zero_()
+            dx[:, prefix_tokens:] = dpre @ weight[:, i * channels : (i + 1) * channels]
+        dxs.append(dx)
+    dweight = None
+    if needs[-2]:
+        reads = [x[:, prefix_tokens:] for x in xs]
+        dweight = of_weight(dpre, reads, _blocks(xs, prefix_tokens), len(xs) * channels)
+    return [*dxs, dweight, dbias]
 
 
-def _launch(device: torch.device, **problem: Any) -> None:
-    # The kernel runs on the current device, whatever device its pointers are on.
-    here = device.index == torch.cuda.current_device()
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        error = select.extension().gemm(**problem, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream)
-    if error is not None:
-        raise RuntimeError(f"impl='cuda': the kernel was not launched: {error}")
+def _check_side(argument: str, windows: Windows) -> None:
+    if windows.ratio > MOST_SIDE:
+        raise unsupported(argument, windows.ratio, f"at most {MOST_SIDE}")
+
+
+def _blocks(xs: Sequence[torch.Tensor], prefix_tokens: int) -> Tokens:
+    """Rows of blocks, which follow each other along the depth."""
+    batch, rows = xs[0].shape[0], xs[0].shape[1] - prefix_tokens
+    if len(xs) > MOST_SOURCES:
+        raise unsupported("xs", f"{len(xs)} blocks", f"at most {MOST_SOURCES}")
+    blocks = [strides(f"xs[{i}]", x, batch * rows) for i, x in enumerate(xs)]
+    first = blocks[0]
+    for i, block in enumerate(blocks):
+        if block[1:] != first[1:]:
+            raise unsupported(
+                f"xs[{i}]", f"strides {xs[i].stride()}", f"{xs[0].stride()}, those of xs[0],", "Copy those that differ"
+            )
+    sources = [block.behind(prefix_tokens) for block in blocks]
+    return rows_of(batch, rows, first.channels, first.stride_t, first.stride_b, *sources)
+
+
+def _of_window_weight(grad: torch.Tensor, x: torch.Tensor, windows: Windows, layout: str) -> torch.Tensor:
+    tokens = strides("x", x, x.shape[0] * windows.num_windows)
+    rows = windows_of(tokens, x.shape[0], windows, layout)
+    return of_weight(grad, [x[:, windows.prefix_tokens :]], rows, windows.ratio**2 * x.shape[2])
+
+
+def _back_through_last_activation(
+    grad: torch.Tensor, pre: torch.Tensor, approximate: str, with_sums: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dpre, dbias, _ = pointwise.gelu_backward(grad, pre, approximate, with_sums=with_sums)
+    return dpre, dbias

@@ -100,7 +100,7 @@ def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtyp
         return "Triton is not installed (it comes with torch's CUDA builds)"
     kind = device.type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if impl == "cuda":
-        return _no_hopper_kernels(kind, device, dtype)
+        return _no_cuda_kernels(kind, device, dtype)
     if interpreted():
         if dtype == torch.bfloat16:
             return "Triton's interpreter cannot compute in bfloat16"
@@ -116,19 +116,23 @@ def unavailable(impl: str, device: torch.device | None = None, dtype: torch.dtyp
     return None
 
 
-def _no_hopper_kernels(kind: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
-    needed = "the CUDA kernels need compute capability 9.0 (Hopper: H100, H200, GH200)"
+def _no_cuda_kernels(kind: str, device: torch.device | None, dtype: torch.dtype | None) -> str | None:
+    needed = "the CUDA kernels need compute capability 8.0 (Ampere) or newer"
     if kind != "cuda" or torch.version.hip is not None:
         return f"{needed}, not {kind}"
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) != (9, 0):
-        return f"{needed}, not {found[0]}.{found[1]}"
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+    if capability < (8, 0):
+        return f"{needed}, not {capability[0]}.{capability[1]}"
     if dtype not in (None, torch.bfloat16, torch.float16):
         return f"the CUDA kernels compute in bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if torch.compiler.is_compiling():  # which cannot trace an import; the operator's body will say it
         return None
     if not _EXTENSION:
         _load_extension()
-    return _EXTENSION[1]
+    module, reason = _EXTENSION
+    if reason is None and capability != (9, 0) and "80" not in module.ARCHITECTURES:
+        return "the CUDA extension was built for Hopper GPUs alone; install again with LACO_CUDA_ARCHS='80;90a'"
+    return reason
 
 
 def extension() -> Any:

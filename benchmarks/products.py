@@ -1,0 +1,187 @@
+"""Every tile of the CUDA kernels on the papers' products, beside a bare product of torch's: ``benchmarks/products.py``.
+
+A row a tile: median of rounds in which all take turns, as replayed CUDA graphs, with its spread, its rate, and whether the
+result is within the tolerance of a product that rounds once. ``csrc/plan.h`` takes its times from here. ``--check`` times
+nothing and also runs small shapes, on the emulated GPU where there is no other.
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from laco_kernels.bench.environment import environment
+from laco_kernels.bench.gpu_timing import Replay
+from laco_kernels.bench.timing import spread
+from laco_kernels.kernels import select
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product of a patch merge: ``batch`` images of ``grid`` tokens of ``channels``, merged by ``side``, to ``n`` columns."""
+
+    product: str
+    batch: int
+    grid: int
+    side: int
+    channels: int
+    n: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (self.grid // self.side) ** 2
+
+    @property
+    def depth(self) -> int:
+        return self.side**2 * self.channels
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.depth * self.n
+
+
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+SIZES = [(batch, 24, 2, 1024, n) for batch in (1, 16, 64) for n in (1024, 4096)]
+SHAPES = [Shape(product, *size) for size in [*SIZES, (16, 24, 1, 1024, 4096)] for product in PRODUCTS]
+SMALL = [Shape(product, 2, 6, 2, 72, 136) for product in PRODUCTS] + [Shape("forward", 1, 12, 2, 1024, 256)]
+
+
+class Problem:
+    """One shape's tensors, the call of the extension and the bare product."""
+
+    def __init__(self, shape: Shape, extension, device: torch.device) -> None:
+        self.shape, self.extension, self.device = shape, extension, device
+        tokens = shape.batch, shape.grid**2, shape.channels
+
+        def random(*size):
+            return torch.randn(*size, device=device).bfloat16()
+
+        self.x, self.weight = random(*tokens), random(shape.n, shape.depth) / shape.depth**0.5
+        self.gradient = random(shape.batch, shape.rows // shape.batch, shape.n)
+        of_rows = (shape.batch, shape.rows // shape.batch, shape.n)
+        sizes = {"forward": of_rows, "input_gradient": tokens, "weight_gradient": (shape.n, shape.depth)}
+        self.out = torch.full(sizes[shape.product], float("nan"), device=device, dtype=torch.bfloat16)
+        self.windows = self._windows().contiguous()
+
+    def _windows(self) -> torch.Tensor:
+        s, cells = self.shape, self.shape.grid // self.shape.side
+        image = self.x.view(s.batch, cells, s.side, cells, s.side, s.channels)
+        return image.transpose(2, 3).reshape(s.rows, s.depth)
+
+    def launch(self, tile: str, splits: int) -> str | None:
+        s, e = self.shape, self.extension
+        stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+        told = {"element": 0, "out": self.out.data_ptr(), "tile": tile, "stream": stream}
+        x = e.Tokens(
+            sources=[self.x.data_ptr()], batch=s.batch, height=s.grid, width=s.grid, side=s.side, channels=s.channels,
+            stride_t=s.channels, stride_b=s.grid**2 * s.channels,
+        )  # fmt: skip
+        rows = s.rows // s.batch
+        gradient = e.Tokens(
+            sources=[self.gradient.data_ptr()], batch=s.batch, width=rows, channels=s.n, stride_t=s.n, stride_b=rows * s.n
+        )
+        if s.product == "forward":
+            return e.forward(**told, x=x, weight=self.weight.data_ptr(), n=s.n, splits=splits)
+        if s.product == "weight_gradient":
+            return e.weight_gradient(**told, x=x, gradient=gradient, splits=splits)
+        sizes = {"side": s.side, "channels": s.channels, "height": s.grid, "width": s.grid}
+        return e.input_gradient(**told, gradient=gradient, weight=self.weight.data_ptr(), **sizes)
+
+    def bare(self) -> torch.Tensor:
+        """The product of torch's, from windows that are gathered already."""
+        gradient = self.gradient.flatten(0, 1)
+        if self.shape.product == "forward":
+            return self.windows @ self.weight.t()
+        return gradient @ self.weight if self.shape.product == "input_gradient" else gradient.t() @ self.windows
+
+    def is_right(self) -> bool:
+        """Whether what was launched last is no further from float64 than a product of torch's, twice."""
+        wide = [t.double() for t in (self.windows, self.weight, self.gradient.flatten(0, 1))]
+        windows, weight, gradient = wide
+        exact = {"forward": lambda: windows @ weight.t(), "input_gradient": lambda: gradient @ weight}
+        truth = exact.get(self.shape.product, lambda: gradient.t() @ windows)()
+        if self.shape.product == "input_gradient":
+            s, cells = self.shape, self.shape.grid // self.shape.side
+            found = self.out.view(s.batch, cells, s.side, cells, s.side, s.channels).transpose(2, 3).reshape(s.rows, s.depth)
+        else:
+            found = self.out.view(truth.shape)
+        error, allowed = ((t.double() - truth).norm().item() for t in (found, self.bare()))
+        return error <= 2 * allowed
+
+
+def plans(problem: Problem) -> list[tuple[str, int]]:
+    """Tiles and the numbers of blocks that share their depth; those a product has no kernel for are left out by asking."""
+    tiles = [(tile, 1) for tile in problem.extension.TILES] + [("ampere", 1)]
+    if problem.shape.product != "input_gradient":
+        tiles += [(tile, splits) for tile in problem.extension.TILES for splits in (2, 4)]
+    able = []
+    for tile, splits in tiles:
+        problem.out.fill_(float("nan"))
+        error = problem.launch(tile, splits)
+        if error is None:
+            able.append((tile, splits))
+        elif "shared" not in error and "9.0" not in error and "not built" not in error:
+            raise RuntimeError(f"{problem.shape}, {tile}, {splits}: {error}")
+    return able
+
+
+def measure(problem: Problem) -> None:
+    """Print a line a tile, the fastest first."""
+    rights, clocks = {}, {"torch": Replay(lambda: problem.bare, problem.device)}
+    for tile, splits in plans(problem):
+        name = f"{tile} split {splits}" if splits > 1 else tile
+        problem.out.fill_(float("nan"))
+        problem.launch(tile, splits)
+        rights[name] = problem.is_right()
+        clocks[name] = Replay(lambda tile=tile, splits=splits: lambda: problem.launch(tile, splits), problem.device)
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(ROUNDS):
+        for name, clock in clocks.items():
+            samples[name].append(1e3 * clock.milliseconds(problem.device))
+    print(f"\n{problem.shape}")
+    for name, sample in sorted(samples.items(), key=lambda item: statistics.median(item[1])):
+        found, tick = spread(sample), {True: "right", False: "WRONG"}.get(rights.get(name), "")
+        rate = problem.shape.flops / found.median / 1e6
+        print(f"  {name:16} {found.median:9.2f} us  ({found.p20:.2f} to {found.p80:.2f})  {rate:6.1f} TFLOP/s  {tick}")
+
+
+def main() -> int:
+    """Measure, or check; 1 where a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="small shapes, no times; on the emulated GPU where there is no other"
+    )
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        extension = select.extension()
+    elif options.check:
+        from tests.csrc.emulator import build
+
+        extension = build.load().cuda
+    else:
+        parser.error("there is no GPU to measure on; --check runs small shapes on an emulated one")
+    if options.check:
+        wrong = 0
+        for shape in SMALL:
+            problem = Problem(shape, extension, device)
+            for tile, splits in plans(problem):
+                problem.launch(tile, splits)
+                wrong += not problem.is_right()
+                print(f"{shape} {tile} {splits}: {'right' if problem.is_right() else 'WRONG'}")
+        return 1 if wrong else 0
+    print(environment(device))
+    for shape in SHAPES:
+        measure(Problem(shape, extension, device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
