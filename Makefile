@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PY ?= $(BIN)/python
-JOBS ?= 2  # processes that tests run in
+JOBS ?= 2  # processes that tests run in, a file's in one of them, as what a file prepares is prepared once
 OLDEST := torch==2.11.0 triton==3.6.0  # the oldest versions supported
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -18,10 +18,10 @@ train-demo: $(READY)  ## a tiny multimodal LLM, trained in LaCo's stages and ask
 	$(BIN)/laco train-demo --out train-demo
 
 test: $(READY)
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 test-oldest: .venv-oldest/.ready  ## operators and kernels with the oldest torch and Triton, in an environment of its own
-	$(<D)/bin/pytest tests/ops tests/kernels -n $(JOBS) --dist loadgroup --hypothesis-profile=brief
+	$(<D)/bin/pytest tests/ops tests/kernels -n $(JOBS) --dist loadfile --hypothesis-profile=brief
 
 fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU; keeps the statistics
 	$(BIN)/laco env | sed '/^$$/,$$d' > fuzz.log

@@ -9,7 +9,6 @@ import torch
 from tests.csrc.emulator import build
 
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to compile for the CPU"),
 ]
 

@@ -8,7 +8,6 @@ import pytest
 from tests.csrc.emulator import build
 
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 SEEDS = 12

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tests.csrc.emulator import build
 
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 

@@ -7,7 +7,6 @@ import torch
 from tests.csrc.emulator import build
 
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 DTYPES = {False: torch.bfloat16, True: torch.float16}

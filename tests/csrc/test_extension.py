@@ -19,7 +19,6 @@ from laco_kernels.bench import cuda_resources
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),  # built once, not once a worker
     pytest.mark.skipif(NVCC is None, reason="needs nvcc to build the CUDA extension"),
 ]
 TILES = {"128x256": (128, 256), "192x128": (192, 128), "128x192": (128, 192), "128x128": (128, 128), "64x256": (64, 256)}

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from tests.csrc.emulator import build
 
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 SEEDS = 9  # three numbers of multiprocessors

@@ -10,7 +10,6 @@ from tests.csrc.emulator import build
 from tests.csrc.problems import RESIDUALS, TYPES, Memory, Tokens
 
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),  # compiled once
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 WORK = 100_000_000  # multiplications of a random problem's tiles, half a second

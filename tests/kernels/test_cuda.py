@@ -14,7 +14,6 @@ from tests.kernels import emulated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),  # compiled once
     pytest.mark.skipif(DEVICE == "cpu" and build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 BF16 = torch.bfloat16

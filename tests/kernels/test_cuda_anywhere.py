@@ -12,7 +12,6 @@ from tests.kernels import emulated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.xdist_group("csrc"),  # compiled once
     pytest.mark.skipif(DEVICE == "cpu" and build.GCC is None, reason="needs g++ to build the emulated GPU"),
 ]
 DTYPES = (torch.bfloat16, torch.float16)

@@ -11,7 +11,6 @@ import triton
 
 from laco_kernels.kernels.gathered_gemm import HEAVY, TILES, tile_for
 
-pytestmark = pytest.mark.xdist_group("resources")  # compiled once, not once a worker
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel-resources.json"
 LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -14,7 +14,6 @@ from transformers import AutoModelForImageTextToText
 from . import together
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("together")  # they share what two processes left behind
 
 
 @pytest.fixture(scope="module")

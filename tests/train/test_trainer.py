@@ -94,9 +94,6 @@ def test_adapters_and_what_is_trained_beside_them_are_resumed(tmp_path):
     assert "model.safetensors" not in files
 
 
-DONE = pytest.mark.xdist_group("done")
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A run that has ended, and its folder."""
@@ -105,7 +102,6 @@ def done(tmp_path_factory):
     return run, run.train(), folder
 
 
-@DONE
 def test_a_checkpoint_is_a_model_with_its_processor(done):
     run, _, folder = done
     path = folder / "out" / "checkpoint-6"
@@ -116,7 +112,6 @@ def test_a_checkpoint_is_a_model_with_its_processor(done):
     assert {p.name for p in (folder / "out").iterdir() if p.is_dir()} == {"checkpoint-4", "checkpoint-6"}
 
 
-@DONE
 def test_nothing_in_a_checkpoint_has_to_be_executed(done):
     _, _, folder = done
     for path in (folder / "out" / "checkpoint-6").rglob("*"):
@@ -126,7 +121,6 @@ def test_nothing_in_a_checkpoint_has_to_be_executed(done):
             assert path.suffix in (".json", ".safetensors", ".jinja"), path
 
 
-@DONE
 def test_a_line_a_logged_step(done):
     run, output, folder = done
     lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -146,7 +140,6 @@ def test_a_line_a_logged_step(done):
     assert (folder / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@DONE
 def test_a_new_run_is_not_begun_among_anothers_checkpoints(done):
     _, _, folder = done
     raises(ValueError, trainer(folder).train, "output_dir: got", "with checkpoint-6, expected a folder without checkpoints")
@@ -164,7 +157,6 @@ CHANGES = {
 }
 
 
-@DONE
 @pytest.mark.parametrize("words", CHANGES)
 def test_another_run_is_refused_naming_the_difference(words, done):
     _, _, folder = done
@@ -175,7 +167,6 @@ def test_another_run_is_refused_naming_the_difference(words, done):
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
 
-@DONE
 def test_other_data_and_other_parameters_are_refused(done):
     _, _, folder = done
     options = {"warmup_steps": 2, "run": {"min_lr": 1e-4}}
