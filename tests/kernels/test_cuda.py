@@ -87,6 +87,16 @@ def test_biases_may_be_missing_or_have_gaps():
         assert torch.equal(lk.patch_merge(x, weight1, bias1, weight2, zeros, grid=(4, 6), impl="cuda"), plain)
 
 
+def test_a_gradient_of_one_token_may_have_any_stride():
+    """Those of dimensions of size 1 mean nothing: transposing leaves 1 and 1."""
+    case = merge(batch=1, grid=(2, 2))
+    inputs = case.inputs(BF16, DEVICE)
+    grad = torch.randn(1, 1, 16, device=DEVICE).to(BF16)
+    plain = testing.gradients(case, inputs, "cuda", grad)
+    found = testing.gradients(case, inputs, "cuda", grad.as_strided(grad.shape, (1, 1, 1)))
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
 OTHERS = "impl='composite', impl='triton' and the automatic choice have no such limit"
 PASSING = {"x": (2, 25, 16), "weight1": (24, 64), "bias1": (24,), "weight2": (16, 24), "bias2": (16,)}
 

@@ -114,8 +114,9 @@ def rows_of(batch: int, rows: int, channels: int, stride_t: int, stride_b: int, 
 def plain(x: torch.Tensor) -> Tokens:
     """Return the rows of ``x [B, rows, C]``, which :func:`strides` has let pass or this package has made."""
     batch, rows, channels = x.shape
-    stride_b = x.stride(0) if batch > 1 else rows * x.stride(1)
-    return rows_of(batch, rows, channels, x.stride(1) if rows > 1 else channels, stride_b, x.data_ptr())
+    stride_t = x.stride(1) if rows > 1 else channels
+    stride_b = x.stride(0) if batch > 1 else rows * stride_t
+    return rows_of(batch, rows, channels, stride_t, stride_b, x.data_ptr())
 
 
 def windows_of(tokens: Strides, batch: int, windows: Windows, layout: str) -> Tokens:
