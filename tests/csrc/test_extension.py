@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -58,6 +59,15 @@ def test_the_build_says_what_it_did_not_do(tmp_path):
     assert "LACO_BUILD_CUDA: got 'yes', expected one of auto, 0, 1. Leave it out for 'auto'." in done.stderr
     assert "LACO_CUDA_ARCHS: got '75', expected one of 80, 90a, 80;90a" in setup(tmp_path, LACO_CUDA_ARCHS="75").stderr
     assert not list(tmp_path.rglob("_cuda*"))
+
+
+def test_a_source_distribution_has_the_kernels_wherever_it_is_made(tmp_path):
+    command = [sys.executable, "setup.py", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "LACO_BUILD_CUDA": "0"}, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {Path(name).name for name in packed.getnames() if Path(name).parts[1:2] == ("csrc",)}
+    assert {path.name for path in (ROOT / "csrc").iterdir()} <= names
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
