@@ -5,6 +5,8 @@
 8.6, 8.9 and, translated by the driver, on everything newer). It links neither libcuda nor torch.
 """
 
+import fcntl
+import hashlib
 import os
 import re
 import shlex
@@ -71,17 +73,18 @@ class BuildCuda(build_ext):
         include = [f"-I{folder}" for folder in dict.fromkeys([pybind11.get_include(), *self.include_dirs])]
         flags = [(BINDINGS, [*include, *(MACROS[arch] for arch in ARCHS)])]
         flags += [(source, GENCODE[arch]) for arch in ARCHS for source in KERNELS[arch]]
-        newest = max(header.stat().st_mtime for header in HEADERS)
+        # What every object is made of besides its source and its command.
+        version = subprocess.run([NVCC, "--version"], stdout=subprocess.PIPE).stdout
+        environment = [os.environ.get(f"NVCC_{which}_FLAGS", "").encode() for which in ("PREPEND", "APPEND")]
+        shared = [version, *environment, *(header.read_bytes() for header in HEADERS)]
 
         def compile_one(source, options):
             name = source.name if source != BINDINGS else f"bindings_{'_'.join(ARCHS)}"
             compiled = OBJECTS / f"{name}.o"
             made, note = compiled.with_suffix(".part"), compiled.with_suffix(".command")
             command = [NVCC, *FLAGS, *options, "-c", str(source), "-o", str(made)]
-            # An object is good as long as neither its sources nor its command have changed.
-            current = compiled.exists() and compiled.stat().st_mtime > max(newest, source.stat().st_mtime)
-            wanted = f"{os.environ.get('NVCC_APPEND_FLAGS', '')}\n{shlex.join(command)}"
-            if not (current and note.exists() and note.read_text() == wanted):
+            wanted = f"{hashlib.sha256(bytes(1).join([*shared, source.read_bytes()])).hexdigest()}\n{shlex.join(command)}"
+            if not (compiled.exists() and note.exists() and note.read_text() == wanted):
                 log = run(command)
                 note.unlink(missing_ok=True)
                 compiled.with_suffix(".log").write_text(log)
@@ -89,9 +92,10 @@ class BuildCuda(build_ext):
                 note.write_text(wanted)
             return str(compiled)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (OBJECTS / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two installations write the same objects
             compiled = list(pool.map(lambda pair: compile_one(*pair), flags))
-        run([NVCC, "-shared", "-cudart=static", *compiled, "-o", str(target)])
+            run([NVCC, "-shared", "-cudart=static", *compiled, "-o", str(target)])
         say(f"built {target} for {' and '.join(f'sm_{arch}' for arch in ARCHS)} with {NVCC}")
 
 
