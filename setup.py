@@ -68,6 +68,7 @@ class BuildCuda(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(extension.name))
+        target.unlink(missing_ok=True)  # of an earlier build: where this one fails, it would be installed
         for folder in (OBJECTS, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
         include = [f"-I{folder}" for folder in dict.fromkeys([pybind11.get_include(), *self.include_dirs])]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
@@ -86,8 +87,12 @@ def test_a_broken_compiler_stops_only_who_asked_for_the_extension(tmp_path):
     broken.write_text("#!/bin/sh\necho it is broken; exit 1\n")
     broken.chmod(0o755)
     path = f"{broken.parent}:{os.environ['PATH']}"
+    earlier = tmp_path / "laco_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    earlier.parent.mkdir()
+    earlier.touch()
     done = setup(tmp_path, LACO_BUILD_CUDA="auto", PATH=path)
     assert done.returncode == 0, done.stderr
+    assert not earlier.exists()  # it would be installed
     assert "it is broken" in done.stderr
     assert "Installing without impl='cuda'" in done.stderr
     done = setup(tmp_path, LACO_BUILD_CUDA="1", PATH=path)
