@@ -112,14 +112,15 @@ inline const char* refusal(const Tokens& t) {
   return nullptr;
 }
 
-inline const char* refusal(Element element, Activation activation) {
+inline const char* refusal(Element element, Activation activation, Residual residual = Residual::none) {
   if (element != Element::bfloat16 && element != Element::float16) return "element must be 0 or 1";
   if (int(activation) < 0 || int(activation) > 2) return "activation must be 0, 1 or 2";
+  if (int(residual) < 0 || int(residual) > 2) return "residual_kind must be 0, 1 or 2";
   return nullptr;
 }
 
 inline const char* refusal(const Forward& q) {
-  if (const char* error = refusal(q.element, q.activation)) return error;
+  if (const char* error = refusal(q.element, q.activation, q.residual_kind)) return error;
   if (const char* error = refusal(q.x)) return error;
   if (q.n < 0) return "sizes must be positive";
   if (q.n % 8) return "channels, n and strides must be multiples of 8";
@@ -144,7 +145,7 @@ inline const char* refusal_of_rows(const Tokens& t) {
 }
 
 inline const char* refusal(const InputGradient& q) {
-  if (const char* error = refusal(q.element, q.activation)) return error;
+  if (const char* error = refusal(q.element, q.activation, q.residual_kind)) return error;
   if (const char* error = refusal_of_rows(q.gradient)) return error;
   if (q.side < 1 || q.side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
   if (q.channels < 1 || q.height < 1 || q.width < 1 || q.out_prefix < 0) return "sizes must be positive";

@@ -162,6 +162,8 @@ REFUSALS = [
     ("forward", {"x": {"stride_b": 0}}, OVERLAP),
     ("forward", {"x": {"stride_t": 32}}, OVERLAP),
     ("forward", {"activation": 3}, "activation must be 0, 1 or 2"),
+    ("forward", {"residual_kind": 3}, "residual_kind must be 0, 1 or 2"),
+    ("input_gradient", {"residual_kind": -1}, "residual_kind must be 0, 1 or 2"),
     ("forward", {"pre": 64}, "there is nothing to save"),
     ("forward", {"bias": 66}, ALIGNED),
     ("forward", {"x": {"sources": [72]}}, ALIGNED),
