@@ -97,6 +97,19 @@ def test_a_gradient_of_one_token_may_have_any_stride():
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+def test_backward_takes_weights_that_another_implementation_took(monkeypatch):
+    inputs = {name: tensor.requires_grad_() for name, tensor in merge().inputs(BF16, DEVICE).items()}
+    grad = torch.randn(2, 6, 16, device=DEVICE).to(BF16)
+    want = torch.autograd.grad(lk.patch_merge(**inputs, grid=(4, 6), impl="reference"), list(inputs.values()), grad)
+    for name in ("weight1", "weight2"):
+        inputs[name] = inputs[name].detach().t().contiguous().t().requires_grad_()
+    choices = {"forward": "reference", "backward": "cuda"}
+    monkeypatch.setattr(select, "choose", lambda _, direction, *__: select.Choice(choices[direction], "for this test"))
+    found = torch.autograd.grad(lk.patch_merge(**inputs, grid=(4, 6)), list(inputs.values()), grad)
+    for got, expected in zip(found, want, strict=True):
+        assert (got - expected).norm() <= 0.02 * expected.norm()
+
+
 OTHERS = "impl='composite', impl='triton' and the automatic choice have no such limit"
 PASSING = {"x": (2, 25, 16), "weight1": (24, 64), "bias1": (24,), "weight2": (16, 24), "bias2": (16,)}
 

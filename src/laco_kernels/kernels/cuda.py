@@ -102,6 +102,9 @@ def patch_merge_backward(
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.patch_merge_backward`."""
     prefix = windows.prefix_tokens
+    # Another implementation may have gone forward, and hooks bring back what was saved in strides of their choice.
+    weight1, weight2 = layer("1", weight1.contiguous(), None)[0], layer("2", weight2.contiguous(), None)[0]
+    _check_side("ratio", windows)
     g = addressable(grad[:, prefix:])
     dx = dweight1 = dbias1 = dweight2 = dbias2 = act = None
     if any(needs[:3]):
@@ -148,6 +151,8 @@ def strided_conv_backward(
     layout: str,
 ) -> list[torch.Tensor | None]:
     """See :func:`laco_kernels.reference.strided_conv_backward`."""
+    weight, _ = layer("", weight.contiguous(), None)  # as for the patch merge
+    _check_side("kernel_size", windows)
     g = addressable(grad)
     dx = None
     if needs[0]:
@@ -224,6 +229,7 @@ def multi_block_linear_gelu_backward(
 
     A gradient of the blocks, which frozen encoders never ask for, is a product of torch's for each.
     """
+    weight, _ = layer("", weight.contiguous(), None)
     dpre, dbias = _back_through_last_activation(grad, pre, approximate, needs[-1])
     channels = xs[0].shape[2]
     dxs: list[torch.Tensor | None] = []

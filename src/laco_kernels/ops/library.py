@@ -190,7 +190,15 @@ def run_backward(
     pre-activation, which was contiguous, is to be made so again before.
     """
     module = _load(impl, name, "backward", saved[0], options)
-    return present(getattr(module, f"{name}_backward")(grad.contiguous(), *saved, needs, **options), grad)
+    grad = grad.contiguous()
+    try:
+        gradients = getattr(module, f"{name}_backward")(grad, *saved, needs, **options)
+    except UnsupportedError:
+        if impl != select.AUTO:
+            raise
+        module = _load("composite", name, "backward", saved[0], options)
+        gradients = getattr(module, f"{name}_backward")(grad, *saved, needs, **options)
+    return present(gradients, grad)
 
 
 def _load(impl: str, name: str, direction: str, xs: torch.Tensor | Sequence[torch.Tensor], options: dict[str, Any]) -> Any:
