@@ -202,7 +202,7 @@ struct InputGradientProduct {
         }
         if (m < rows) offset = int64_t(m) * channels;
         if (act) piece.write(act, offset, column, channels);
-        if (sums && row < rows) store_sums(v, sums, row, column, channels, lane);
+        if (sums && row < rows) store_sums(v, sums, row, column, rows, channels, lane);
       } else {
         if (residual_kind != Residual::none) {
           add_residual_gradient<ELEMENT>(v, residual, windows, residual_kind, row, columns.tap, column, rows, lane);

@@ -171,6 +171,7 @@ PYBIND11_MODULE(_cuda, module) {
       "Launch a WeightGradient of csrc/problem.h; None or what is wrong.", py::kw_only(), "element"_a, "gradient"_a, "x"_a,
       "out"_a, "tile"_a = "", "splits"_a = 0, "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
   module.def("problem", problem, "What keeps the CUDA runtime from this machine's GPUs, or None.");
+  module.def("sums_bytes", laco::sums_bytes, "Bytes of the column sums of an input gradient, the only workspace.", "rows"_a, "channels"_a);
   module.def("plan", make_plan,
              "The tile, the blocks that share its depth, tiles and waves for a result of m rows and `chunks` of 64 columns.", "m"_a,
              "chunks"_a, "steps"_a, "multiprocessors"_a, "may_split"_a);

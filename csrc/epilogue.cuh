@@ -153,11 +153,14 @@ __device__ __forceinline__ void through_activation(uint32_t pre, float* v, float
   v[1] *= slope;
 }
 
-// sums[row / 16, column ...] = the sums over the piece's rows; rows that do not exist are zeros in `v`.
-__device__ __forceinline__ void store_sums(const float (&v)[32], float* sums, int row, int column, int columns, int lane) {
+// sums[row / 16, column ...] = the sums over those of the piece's rows that there are: others are zeros times a weight.
+__device__ __forceinline__ void store_sums(const float (&v)[32], float* sums, int row, int column, int rows, int columns,
+                                           int lane) {
+  const bool upper = row + lane / 4 < rows, lower = row + lane / 4 + 8 < rows;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    float pair[2] = {v[4 * j] + v[4 * j + 2], v[4 * j + 1] + v[4 * j + 3]};
+    float pair[2] = {(upper ? v[4 * j] : 0.f) + (lower ? v[4 * j + 2] : 0.f),
+                     (upper ? v[4 * j + 1] : 0.f) + (lower ? v[4 * j + 3] : 0.f)};
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) {
       pair[0] += __shfl_xor_sync(0xFFFFFFFF, pair[0], distance);

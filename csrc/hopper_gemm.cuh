@@ -193,7 +193,7 @@ struct Consumer {
     const bool is_there = row < p.m && c < p.n;
     float act[32];
     each_added([&](int i, uint32_t pre) { through_activation<ELEMENT, K::ACTIVATION>(pre, v + i, act + i); });
-    if (p.sums != nullptr && is_there) store_sums(v, p.sums, row, c, p.n, lane);
+    if (p.sums != nullptr && is_there) store_sums(v, p.sums, row, c, p.m, p.n, lane);
     if (p.has_second) writer.send(act, &p.second, is_there, row, c);
     writer.send(v, &p.out, is_there, row, c);
   }

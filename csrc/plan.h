@@ -97,9 +97,9 @@ inline Plan plan(const WeightGradient& q, int multiprocessors) {
   return plan(q.gradient.channels, chunks, steps_of(q.gradient.rows()), multiprocessors, true);
 }
 
-// Bytes of an InputGradient's `sums`.
-inline int64_t sums_bytes(const InputGradient& q) {
-  return (q.gradient.rows() + SUM_ROWS - 1) / SUM_ROWS * q.channels * int64_t(sizeof(float));
+// Bytes of an InputGradient's `sums`, the only workspace there is.
+inline int64_t sums_bytes(int64_t rows, int64_t channels) {
+  return (rows + SUM_ROWS - 1) / SUM_ROWS * channels * int64_t(sizeof(float));
 }
 
 }  // namespace laco

@@ -96,6 +96,8 @@ inline bool is_misaligned(std::initializer_list<const void*> pointers) {
   return false;
 }
 
+constexpr const char* MISSING = "a pointer is null that must not be";
+
 inline const char* refusal(const Tokens& t) {
   if (t.num_sources < 1 || t.num_sources > MAX_SOURCES) return "there must be 1 to 8 sources";
   if (t.batch < 0 || t.height < 1 || t.width < 1 || t.channels < 1) return "sizes must be positive";
@@ -107,6 +109,7 @@ inline const char* refusal(const Tokens& t) {
     return "tokens or images overlap";
   }
   for (int i = 0; i < t.num_sources; ++i) {
+    if (t.batch > 0 && !t.sources[i]) return MISSING;
     if (is_misaligned({t.sources[i]})) return "pointers must be 16-byte aligned";
   }
   return nullptr;
@@ -124,6 +127,7 @@ inline const char* refusal(const Forward& q) {
   if (const char* error = refusal(q.x)) return error;
   if (q.n < 0) return "sizes must be positive";
   if (q.n % 8) return "channels, n and strides must be multiples of 8";
+  if (q.x.batch > 0 && q.n > 0 && !(q.weight && q.out)) return MISSING;
   if (q.pre && q.activation == Activation::none) return "there is nothing to save";
   if (is_misaligned({q.weight, q.bias, q.out, q.pre})) return "pointers must be 16-byte aligned";
   if (q.residual_kind == Residual::none) return q.out_prefix ? "an output with prefix tokens needs a residual" : nullptr;
@@ -150,6 +154,7 @@ inline const char* refusal(const InputGradient& q) {
   if (q.side < 1 || q.side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
   if (q.channels < 1 || q.height < 1 || q.width < 1 || q.out_prefix < 0) return "sizes must be positive";
   if (q.channels % 8) return "channels, n and strides must be multiples of 8";
+  if (q.gradient.batch > 0 && !(q.weight && q.out)) return MISSING;
   if (is_misaligned({q.weight, q.pre, q.act, q.sums, q.out})) return "pointers must be 16-byte aligned";
   const Tokens grid{{}, 1, q.gradient.batch, q.height, q.width, 0, 0, q.side, q.channels};
   if (grid.rows() != q.gradient.rows()) return "the windows must be the gradient's rows";
@@ -174,6 +179,7 @@ inline const char* refusal(const WeightGradient& q) {
   if (const char* error = refusal_of_rows(q.gradient)) return error;
   if (const char* error = refusal(q.x)) return error;
   if (q.x.batch != q.gradient.batch || q.x.rows() != q.gradient.rows()) return "the windows must be the gradient's rows";
+  if (!q.out) return MISSING;
   return is_misaligned({q.out}) ? "pointers must be 16-byte aligned" : nullptr;
 }
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laco_kernels.bench import cuda_resources
+from laco_kernels.kernels import cuda_products
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -143,6 +144,7 @@ def problem(extension, product, change):
     return {**passing, **change}
 
 
+NULL = "a pointer is null that must not be"
 OVERLAP, ROWS = "tokens or images overlap", "the windows must be the gradient's rows"
 UNITS, ALIGNED = "channels, n and strides must be multiples of 8", "pointers must be 16-byte aligned"
 REFUSALS = [
@@ -158,6 +160,12 @@ REFUSALS = [
     ("forward", {"x": {"batch": 2**26, "stride_b": 2048}}, "too many rows for 32-bit row numbers"),
     ("forward", {"x": {"channels": 60}}, UNITS),
     ("forward", {"n": 60}, UNITS),
+    ("forward", {"x": {"sources": [0]}}, NULL),
+    ("forward", {"weight": 0}, NULL),
+    ("forward", {"out": 0}, NULL),
+    ("input_gradient", {"weight": 0}, NULL),
+    ("input_gradient", {"out": 0}, NULL),
+    ("weight_gradient", {"out": 0}, NULL),
     ("forward", {"x": {"stride_t": 68}}, UNITS),
     ("forward", {"x": {"stride_b": 0}}, OVERLAP),
     ("forward", {"x": {"stride_t": 32}}, OVERLAP),
@@ -246,6 +254,12 @@ def test_plans_are_consistent(extension, m, chunks, steps, multiprocessors, may_
         assert plan["tile"] in ("192x128", "128x128")
         assert plan["waves"] == 1
         assert steps >= 4 * plan["splits"]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**4))
+def test_column_sums_have_a_line_for_every_sixteen_rows(extension, rows, channels):
+    assert extension.sums_bytes(rows, channels) == -(-rows // extension.SUM_ROWS) * channels * 4
+    assert extension.SUM_ROWS == cuda_products.SUM_ROWS
 
 
 @given(st.integers(1, 3000), st.integers(1, 80), st.integers(1, 140))
