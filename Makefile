@@ -70,5 +70,5 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cu csrc/*.cu
 .venv-oldest/.ready: pyproject.toml setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(@D)
 	LACO_BUILD_CUDA=0 $(@D)/bin/python -m pip install --quiet --constraint <(grep -v -e '^torch' -e '^triton' -e '^numpy' constraints.txt) \
-	  --editable . $(OLDEST) 'numpy<2.4' pytest pytest-xdist hypothesis
+	  --editable . $(OLDEST) 'numpy<2.4' pytest pytest-xdist hypothesis pybind11
 	@touch $@
