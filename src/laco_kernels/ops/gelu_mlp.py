@@ -132,7 +132,9 @@ def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     cast = [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in parameters]
     y, pre = library.run_forward("gelu_mlp", impl, (tokens, *cast), save, _options(tokens.shape[1], approximate))
     shape = x.shape[:-1]
-    return y.reshape(*shape, y.shape[-1]).contiguous(), pre.reshape(*shape, pre.shape[-1]).contiguous() if save else pre
+    # No view to autograd, so that a hook may change it in place.
+    y = torch.ops.aten._unsafe_view(y.contiguous(), (*shape, y.shape[-1]))
+    return y, pre.reshape(*shape, pre.shape[-1]).contiguous() if save else pre
 
 
 def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
