@@ -17,6 +17,7 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2Encoder
 from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.models.internvl.modeling_internvl import InternVLVisionEncoder
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
+from transformers.utils import output_capturing
 
 from laco_kernels.hf.fusing import Fused, is_called_for_others, is_patched, is_plain, know
 from laco_kernels.ops.checks import is_autocast
@@ -83,6 +84,12 @@ def state_of(norm: Any, x: torch.Tensor) -> tuple[Any, ...]:
     return versions, attributes.get("eps"), attributes.get("variance_epsilon"), torch.is_grad_enabled(), is_autocast(x)
 
 
+def notes_outputs() -> bool:
+    """Return whether transformers' hooks note anything in this call, as for ``output_hidden_states``."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is None or collector.get() is not None
+
+
 def is_left_alone(layer: Any) -> bool:
     """Return whether nothing comes between this layer and its neighbours: foreign hooks, wrappers, a recomputation."""
     return (
@@ -91,6 +98,8 @@ def is_left_alone(layer: Any) -> bool:
         and not (layer.training and getattr(layer, "gradient_checkpointing", False))
         and not is_patched(type(layer))
         and not is_called_for_others(layer)
+        # What transformers' hooks note may be asked for its gradient, all of it, or be given a hook that changes it.
+        and not (layer._forward_hooks and torch.is_grad_enabled() and notes_outputs())
         and not layer._backward_hooks
         and not layer._backward_pre_hooks
         and not torch.nn.modules.module._has_any_global_hook()
