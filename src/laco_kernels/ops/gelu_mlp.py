@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -119,9 +118,8 @@ def _check_shapes(
             raise ValueError(complaint(name, "no rows", "[out, in] with at least one row", "Pass the weight of a linear layer"))
 
 
-@functools.lru_cache(64)
 def _options(tokens: int, approximate: str) -> dict[str, Any]:
-    """What a merge of one token a window takes; looked up, as an encoder asks a layer."""
+    """What a merge of one token a window takes."""
     windows = Windows((1, tokens), 1, 0, False)
     return {"windows": windows, "residual_kind": "none", "approximate": approximate, "layout": "block"}
 
