@@ -118,10 +118,18 @@ def _check_shapes(
             raise ValueError(complaint(name, "no rows", "[out, in] with at least one row", "Pass the weight of a linear layer"))
 
 
+# By tokens and approximation. A dictionary, as a compiler that traces the body warns of functools' caches.
+_OPTIONS: dict[tuple[int, str], dict[str, Any]] = {}
+
+
 def _options(tokens: int, approximate: str) -> dict[str, Any]:
-    """What a merge of one token a window takes."""
-    windows = Windows((1, tokens), 1, 0, False)
-    return {"windows": windows, "residual_kind": "none", "approximate": approximate, "layout": "block"}
+    """What a merge of one token a window takes; looked up, as an encoder asks a layer."""
+    if torch.compiler.is_compiling() or (found := _OPTIONS.get((tokens, approximate))) is None:
+        windows = Windows((1, tokens), 1, 0, False)
+        found = {"windows": windows, "residual_kind": "none", "approximate": approximate, "layout": "block"}
+        if not torch.compiler.is_compiling() and len(_OPTIONS) < 64:
+            _OPTIONS[tokens, approximate] = found
+    return found
 
 
 def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
