@@ -117,18 +117,18 @@ class Problem:
 
 
 def plans(problem: Problem) -> list[tuple[str, int]]:
-    """Tiles and the numbers of blocks that share their depth; those a product has no kernel for are left out by asking."""
-    tiles = [(tile, 1) for tile in problem.extension.TILES] + [("ampere", 1)]
-    if problem.shape.product != "input_gradient":
-        tiles += [(tile, splits) for tile in problem.extension.TILES for splits in (2, 4)]
-    able = []
-    for tile, splits in tiles:
-        problem.out.fill_(float("nan"))
-        error = problem.launch(tile, splits)
-        if error is None:
-            able.append((tile, splits))
-        elif "shared" not in error and "9.0" not in error and "not built" not in error:
-            raise RuntimeError(f"{problem.shape}, {tile}, {splits}: {error}")
+    """Tiles that this GPU has kernels of for the product, and the numbers of blocks that share their depth."""
+    product, able = problem.shape.product, []
+    for tile, (_, bn, shares, *_) in {**problem.extension.TILES, "ampere": (0, 0, False)}.items():
+        if product != "forward" and bn % 64:
+            continue
+        for splits in (1, 2, 4) if shares and product != "input_gradient" else (1,):
+            problem.out.fill_(float("nan"))
+            error = problem.launch(tile, splits)
+            if error is None:
+                able.append((tile, splits))
+            elif not any(words in error for words in ("depth this short", "needs a GPU", "not built")):
+                raise RuntimeError(f"{problem.shape}, {tile}, {splits}: {error}")
     return able
 
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "operands.h"
 #include "plan.h"
 #include "problem.h"
 #include "schedule.h"
@@ -93,13 +94,12 @@ const char* run(const Problem& q, const std::string& tile, int splits, bool depe
   Launch how{reinterpret_cast<cudaStream_t>(stream), 1, dependent && major >= 9};
   if (tile == "ampere" || (tile.empty() && (major != 9 || !HAS_HOPPER))) return ampere(q, how);
   if (major != 9) return "this tile needs a GPU of compute capability 9.0";
-  Plan chosen = plan(q, multiprocessors);
-  if (!tile.empty()) {
-    if ((chosen.tile = find_tile(tile)) == nullptr) return "no tile of that name";
-    chosen.splits = 1;
-  }
-  how.splits = splits ? splits : chosen.splits;
-  return hopper(*chosen.tile, q, how);
+  const Plan chosen = plan(q, multiprocessors);
+  const GemmTile* wanted = tile.empty() ? chosen.tile : find_tile(tile);
+  if (wanted == nullptr) return "no tile of that name";
+  how.splits = splits ? splits : tile.empty() ? chosen.splits : 1;
+  if (const char* error = refusal(q, *wanted, how.splits)) return error;
+  return hopper(*wanted, q, how);
 }
 
 const char* problem() {
@@ -107,24 +107,85 @@ const char* problem() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? nullptr : cudaGetErrorString(cudaGetLastError());
 }
 
-std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int chunks, int block, int blocks) {
+const GemmTile& tile_named(const std::string& name) {
   const GemmTile* tile = find_tile(name);
   if (!tile) throw std::invalid_argument("no tile of that name");
-  const int width = tile->bn / COLUMNS;
-  const Schedule order((m + tile->bm - 1) / tile->bm, (chunks + width - 1) / width, GROUP);
+  return *tile;
+}
+
+std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int columns, int block, int blocks) {
+  const GemmTile& tile = tile_named(name);
+  const Schedule order((m + tile.bm - 1) / tile.bm, (columns + tile.bn - 1) / tile.bn, GROUP);
   std::vector<std::pair<int, int>> found;
   for (int i = block; i < order.tiles(); i += blocks) {
     int row, column;
     order.find(i, row, column);
-    found.emplace_back(row * tile->bm, column * width);
+    found.emplace_back(row * tile.bm, column * tile.bn);
   }
   return found;
 }
 
-py::dict make_plan(int64_t m, int64_t chunks, int64_t steps, int multiprocessors, bool may_split) {
-  const Plan p = plan(m, chunks, steps, multiprocessors, may_split);
+py::dict to_dict(const Plan& p) {
   return py::dict("tile"_a = p.tile->name, "splits"_a = p.splits, "tiles"_a = p.tiles, "waves"_a = p.waves,
                   "microseconds"_a = p.microseconds);
+}
+
+py::dict to_dict(const Rows& r) {
+  return py::dict("im2col"_a = bool(r.im2col), "per_image"_a = r.per_image, "out_width"_a = r.out_width, "side"_a = r.side);
+}
+
+py::dict to_dict(const Map& m) {
+  return py::dict("base"_a = reinterpret_cast<uintptr_t>(m.base), "sizes"_a = std::vector(m.sizes, m.sizes + m.rank),
+                  "strides"_a = std::vector(m.strides, m.strides + std::max(m.rank - 1, 0)),
+                  "box"_a = std::vector(m.box, m.box + (m.side ? 2 : m.rank)), "side"_a = m.side);
+}
+
+py::dict to_dict(const Image& i) {
+  return py::dict("base"_a = reinterpret_cast<uintptr_t>(i.base), "stride_b"_a = i.stride_b, "stride_t"_a = i.stride_t,
+                  "per_image"_a = i.per_image, "out_width"_a = i.out_width, "height"_a = i.height, "width"_a = i.width,
+                  "side"_a = i.side, "channels"_a = i.channels);
+}
+
+// What a kernel of this tile is told; maps that there are none of are left out.
+template <class Problem>
+py::dict operands(const Problem& q, const std::string& name, int splits) {
+  const GemmTile& tile = tile_named(name);
+  const char* error = refusal(q);
+  if (!error) error = refusal(q, tile, splits);
+  if (error) throw std::invalid_argument(error);
+  const auto [p, maps, copied] = describe(q, tile.bm, tile.bn, splits);
+  py::list sources;
+  for (int i = 0; i < p.sources_count; ++i) sources.append(to_dict(maps.sources[i]));
+  py::dict found("sources"_a = sources, "rows"_a = to_dict(p.rows), "other_rows"_a = to_dict(p.other_rows),
+                 "added_rows"_a = to_dict(p.added_rows), "residual"_a = to_dict(p.residual), "grid"_a = to_dict(p.grid),
+                 "out_tokens"_a = reinterpret_cast<uintptr_t>(p.out_tokens), "out_prefix"_a = p.out_prefix, "m"_a = p.m, "n"_a = p.n,
+                 "columns"_a = p.columns, "steps"_a = p.steps, "channel_steps"_a = p.channel_steps, "taps"_a = p.taps,
+                 "chunks_a_tap"_a = p.chunks_a_tap, "splits"_a = p.splits, "copied"_a = copied);
+  for (const auto& [key, map] : {std::pair("other", &maps.other), {"out", &maps.out}, {"second", &maps.second}, {"added", &maps.added}}) {
+    if (map->rank) found[key] = to_dict(*map);
+  }
+  return found;
+}
+
+// A product's three functions: launch it, and the host logic, which needs no GPU.
+template <class Problem, class... Values, class... Names>
+void define(py::module_& module, const std::string& name, const char* what, Problem (*make)(Values...), const Names&... names) {
+  module.def(
+      name.c_str(),
+      [make](Values... values, const std::string& tile, int splits, bool dependent, int device, uintptr_t stream) {
+        return run(make(values...), tile, splits, dependent, device, stream);
+      },
+      what, py::kw_only(), names..., "tile"_a = "", "splits"_a = 0, "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
+  module.def(
+      (name + "_plan").c_str(),
+      [make](Values... values, int multiprocessors) { return to_dict(plan(make(values...), multiprocessors)); },
+      "The tile, the blocks that share its depth, tiles and waves that it is launched with.", py::kw_only(), names...,
+      "multiprocessors"_a);
+  module.def(
+      (name + "_operands").c_str(),
+      [make](Values... values, const std::string& tile, int splits) { return operands(make(values...), tile, splits); },
+      "What a Hopper kernel is told, before tensor maps are encoded: csrc/operands.h.", py::kw_only(), names..., "tile"_a,
+      "splits"_a = 1);
 }
 
 }  // namespace
@@ -138,47 +199,22 @@ PYBIND11_MODULE(_cuda, module) {
            "side"_a = 1, "channels"_a)
       .def_property_readonly("rows", &Tokens::rows)
       .def_property_readonly("depth", &Tokens::depth);
-  module.def(
-      "forward",
-      [](int element, const Tokens& x, uintptr_t weight, uintptr_t bias, int n, int activation, uintptr_t out, int out_prefix,
-         uintptr_t pre, int residual_kind, const Tokens& residual, bool residual_block, const std::string& tile, int splits,
-         bool dependent, int device, uintptr_t stream) {
-        return run(make_forward(element, x, weight, bias, n, activation, out, out_prefix, pre, residual_kind, residual,
-                                residual_block), tile, splits, dependent, device, stream);
-      },
-      "Launch out = act(x weight^T + bias) + residual, a Forward of csrc/problem.h; None or what is wrong.", py::kw_only(),
-      "element"_a, "x"_a, "weight"_a, "bias"_a = 0, "n"_a, "activation"_a = 0, "out"_a, "out_prefix"_a = 0, "pre"_a = 0,
-      "residual_kind"_a = 0, "residual"_a = none, "residual_block"_a = false, "tile"_a = "", "splits"_a = 0,
-      "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
-  module.def(
-      "input_gradient",
-      [](int element, const Tokens& gradient, uintptr_t weight, int side, int channels, uintptr_t pre, int activation,
-         uintptr_t act, uintptr_t sums, uintptr_t out, int out_prefix, int height, int width, int residual_kind,
-         const Tokens& residual_gradient, const std::string& tile, bool dependent, int device, uintptr_t stream) {
-        return run(make_input_gradient(element, gradient, weight, side, channels, pre, activation, act, sums, out, out_prefix,
-                                       height, width, residual_kind, residual_gradient), tile, 1, dependent, device, stream);
-      },
-      "Launch an InputGradient of csrc/problem.h; None or what is wrong.", py::kw_only(), "element"_a, "gradient"_a, "weight"_a,
-      "side"_a = 1, "channels"_a, "pre"_a = 0, "activation"_a = 0, "act"_a = 0, "sums"_a = 0, "out"_a, "out_prefix"_a = 0,
-      "height"_a = 1, "width"_a, "residual_kind"_a = 0, "residual_gradient"_a = none, "tile"_a = "", "dependent"_a = false,
-      "device"_a = 0, "stream"_a = 0);
-  module.def(
-      "weight_gradient",
-      [](int element, const Tokens& gradient, const Tokens& x, uintptr_t out, const std::string& tile, int splits, bool dependent,
-         int device, uintptr_t stream) {
-        return run(make_weight_gradient(element, gradient, x, out), tile, splits, dependent, device, stream);
-      },
-      "Launch a WeightGradient of csrc/problem.h; None or what is wrong.", py::kw_only(), "element"_a, "gradient"_a, "x"_a,
-      "out"_a, "tile"_a = "", "splits"_a = 0, "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
+  define(module, "forward", "Launch out = act(x weight^T + bias) + residual, a Forward of csrc/problem.h; None or what is wrong.",
+         make_forward, "element"_a, "x"_a, "weight"_a, "bias"_a = 0, "n"_a, "activation"_a = 0, "out"_a, "out_prefix"_a = 0,
+         "pre"_a = 0, "residual_kind"_a = 0, "residual"_a = none, "residual_block"_a = false);
+  define(module, "input_gradient", "Launch an InputGradient of csrc/problem.h; None or what is wrong.", make_input_gradient,
+         "element"_a, "gradient"_a, "weight"_a, "side"_a = 1, "channels"_a, "pre"_a = 0, "activation"_a = 0, "act"_a = 0,
+         "sums"_a = 0, "out"_a, "out_prefix"_a = 0, "height"_a = 1, "width"_a, "residual_kind"_a = 0,
+         "residual_gradient"_a = none);
+  define(module, "weight_gradient", "Launch a WeightGradient of csrc/problem.h; None or what is wrong.", make_weight_gradient,
+         "element"_a, "gradient"_a, "x"_a, "out"_a);
   module.def("problem", problem, "What keeps the CUDA runtime from this machine's GPUs, or None.");
-  module.def("sums_bytes", laco::sums_bytes, "Bytes of the column sums of an input gradient, the only workspace.", "rows"_a, "channels"_a);
-  module.def("plan", make_plan,
-             "The tile, the blocks that share its depth, tiles and waves for a result of m rows and `chunks` of 64 columns.", "m"_a,
-             "chunks"_a, "steps"_a, "multiprocessors"_a, "may_split"_a);
-  module.def("schedule", schedule, "The first (row, chunk) of the tiles that one of `blocks` blocks works on, in order.", "tile"_a,
-             "m"_a, "chunks"_a, "block"_a, "blocks"_a);
+  module.def("sums_bytes", laco::sums_bytes, "Bytes of the column sums of an input gradient, the only workspace.", "rows"_a,
+             "channels"_a);
+  module.def("schedule", schedule, "The first (row, column) of the tiles that one of `blocks` blocks works on, in order.", "tile"_a,
+             "m"_a, "columns"_a, "block"_a, "blocks"_a);
   py::dict tiles;
-  for (const GemmTile& tile : TILES) tiles[tile.name] = py::make_tuple(tile.bm, tile.bn, tile.wave, tile.measured);
+  for (const GemmTile& tile : TILES) tiles[tile.name] = py::make_tuple(tile.bm, tile.bn, tile.splits, tile.wave, tile.measured);
   module.attr("TILES") = tiles;
   std::vector<std::string> architectures;
   if (HAS_AMPERE) architectures.push_back("80");

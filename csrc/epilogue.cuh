@@ -8,26 +8,11 @@
 
 #include "element.cuh"
 #include "gelu.cuh"
+#include "operands.h"
 #include "problem.h"
 #include "ptx.cuh"
 
 namespace laco {
-
-constexpr int PIECE_ROWS = 16, PIECE_COLUMNS = 64;
-
-// Tokens as a kernel finds them by itself.
-struct Image {
-  const uint16_t* base;
-  int64_t stride_b, stride_t;
-  int per_image, out_width;  // rows: windows
-  int height, width, side, channels;
-
-  Image() = default;
-  explicit Image(const Tokens& t)
-      : base(static_cast<const uint16_t*>(t.sources[0])), stride_b(t.stride_b), stride_t(t.stride_t),
-        per_image(int(t.rows_per_image())), out_width(t.out_width()), height(t.height), width(t.width), side(t.side),
-        channels(t.channels) {}
-};
 
 // The window that is row m.
 struct Window {

@@ -206,9 +206,10 @@ struct Consumer {
     writer.scatter(v, p.n - chunk.c, [&](int r) -> uint16_t* {
       if (row + r >= p.m) return nullptr;
       const Window window(p.grid, row + r);
-      const int token = window.token(p.grid, chunk.tap), of_image = p.out_prefix + p.grid.height * p.grid.width;
+      const int token = window.token(p.grid, chunk.tap);
       if (token < 0) return nullptr;
-      return p.out_tokens + (static_cast<int64_t>(window.b) * of_image + p.out_prefix + token) * p.n + chunk.c;
+      const int64_t of_image = static_cast<int64_t>(p.grid.height) * p.grid.width + p.out_prefix;
+      return p.out_tokens + (window.b * of_image + p.out_prefix + token) * p.n + chunk.c;
     });
   }
 
@@ -217,11 +218,12 @@ struct Consumer {
     for (int tile = work.begin(); work.goes_on(tile); tile = work.next(tile)) {
       int tile_row, tile_column;
       work.schedule.find(tile, tile_row, tile_column);
-      const int row = tile_row * T::BM + consumer * 64 + warp * 16, chunk0 = tile_column * T::CHUNKS;
+      const int row = tile_row * T::BM + consumer * 64 + warp * 16, n0 = tile_column * T::BN;
 
       // Asked for before the product and used after it, where there are registers for it.
-      uint32_t bias[K::SPLIT ? 8 : T::BN / 8];
-      if constexpr (K::FORWARD && !K::SPLIT) load_bias<T::BN / 8>(bias, chunk0 * COLUMNS);
+      constexpr bool EARLY = !K::SPLIT && (T::CONSUMERS < 3 || T::BN <= 128);
+      uint32_t bias[EARLY ? T::BN / 8 : 8];
+      if constexpr (K::FORWARD && EARLY) load_bias<T::BN / 8>(bias, n0);
       float acc[T::BN / 2];
       multiply(acc, work.last - work.first);
 
@@ -231,33 +233,33 @@ struct Consumer {
         for (int i = 0; i < T::BN / 2; ++i) ptx::store_shared_float(exchange() + i * EXCHANGE_STRIDE, acc[i]);
         ptx::cluster_sync();
       }
-#pragma unroll(K::SPLIT ? 1 : T::CHUNKS)
-      for (int chunk = 0; chunk < T::CHUNKS; ++chunk) {
+#pragma unroll(K::SPLIT ? 1 : T::PIECES)
+      for (int piece = 0; piece < T::PIECES; ++piece) {
+        const int first = T::column(piece), column = n0 + first;
         float v[32];
         if constexpr (K::SPLIT) {
-          if (chunk % work.splits != rank) continue;
+          if (piece % work.splits != rank) continue;
 #pragma unroll
           for (int i = 0; i < 32; ++i) v[i] = 0.f;
 #pragma unroll 1
           for (int other = 0; other < work.splits; ++other) {
-            const uint32_t there = ptx::cluster_address(exchange() + chunk * 32 * EXCHANGE_STRIDE, other);
+            const uint32_t there = ptx::cluster_address(exchange() + first / 2 * EXCHANGE_STRIDE, other);
 #pragma unroll
             for (int i = 0; i < 32; ++i) v[i] += ptx::load_cluster_float(there + i * EXCHANGE_STRIDE);
           }
         } else {
 #pragma unroll
-          for (int i = 0; i < 32; ++i) v[i] = acc[chunk * 32 + i];
+          for (int i = 0; i < 32; ++i) v[i] = acc[first / 2 + i];
         }
-        const int column = (chunk0 + chunk) * COLUMNS;
         if constexpr (K::FORWARD) {
-          if constexpr (K::SPLIT) load_bias<8>(bias, column);
-          finish_forward(v, bias + (K::SPLIT ? 0 : chunk * 8), row, column);
+          if constexpr (!EARLY) load_bias<8>(bias, column);
+          finish_forward(v, bias + (EARLY ? first / 8 : 0), row, column);
         } else if constexpr (K::THROUGH_ACTIVATION) {
           finish_through_activation(v, row, column);
         } else {
-          const Chunk at(p, chunk0 + chunk);
+          const Chunk at(p, column);
           if constexpr (K::WEIGHT) {
-            writer.send(v, &p.out, row < p.m && chunk0 + chunk < p.chunks, row, at);
+            writer.send(v, &p.out, row < p.m && column < p.columns, row, at);
           } else {
             finish_tokens(v, row, at);
           }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "epilogue.cuh"
+#include "operands.h"
 #include "plan.h"
 #include "problem.h"
 #include "ptx.cuh"
@@ -13,14 +14,6 @@
 #include "wgmma.cuh"
 
 namespace laco {
-
-constexpr int BK = STEP;  // of the depth, a slot: 128 bytes of a K-major operand, the width of the swizzle; or 64 lines
-
-// How the copy engine finds rows: row q of an image is the window whose first pixel is (q % out_width, q / out_width) * side.
-struct Rows {
-  int im2col;  // 0: the tensor map is a plain matrix
-  int per_image, out_width, side;
-};
 
 struct RowPosition {
   int row, x, y, b;
@@ -36,35 +29,18 @@ struct RowPosition {
   }
 };
 
-struct GemmParams {
-  CUtensorMap sources[MAX_SOURCES];  // tokens, 64 channels x BM rows as A (the gradient too), x 64 rows as B of a weight gradient
-  CUtensorMap other;                 // weight (channel, tap, n) as B, 64 x 1 x (BN or 64); the gradient as A of a weight gradient
-  CUtensorMap out;                   // 64 columns x 16 rows, written by one warp; for a weight gradient 64 channels x 1 tap x 16 rows
-  CUtensorMap second;                // the like: the pre-activation of a forward product, the activation of an input gradient
-  CUtensorMap added;                 // 64 channels x BM rows: the residual's tokens, or the pre-activation to go back through
-  Rows rows, other_rows, added_rows;
-  const uint16_t* bias;  // [n] or null
-  float* sums;           // of columns, or null
-  uint16_t* out_tokens;  // rows that no tensor map describes: behind prefix tokens, or windows' tokens
-  Image residual;        // tokens, or gradients of windows, that are read without the copy engine
-  Image grid;            // of the tokens that an input gradient is written to
-  Residual residual_kind;
-  int out_prefix;
-  int m, n;            // rows of the result; columns, of one tap
-  int sources_count, steps, channel_steps;
-  int taps, chunks, chunks_a_tap;  // of the result's columns
-  int has_second;
-  int group, splits;
+// Maps of operands.h, encoded.
+struct GemmParams : Arguments {
+  CUtensorMap sources[MAX_SOURCES], other, out, second, added;
 };
 
-enum class Product { forward, input_gradient, weight_gradient };
-
-// CONSUMERS warpgroups share a tile of BM x BN: each multiplies 64 of its rows.
+// CONSUMERS warpgroups share a tile of BM x BN: each multiplies 64 of its rows. BN is any multiple of 16 of a forward product, whose
+// last piece of columns then repeats some of the one before it: the same numbers are written twice.
 template <int BN_, int STAGES_, int CONSUMERS_, bool SPLITS_ = false>
 struct Tile {
   static constexpr int BM = 64 * CONSUMERS_, BN = BN_, STAGES = STAGES_, CONSUMERS = CONSUMERS_;
   static constexpr bool SPLITS = SPLITS_;  // whether blocks of a cluster may share its depth
-  static constexpr int CHUNKS = BN / COLUMNS, STORE_BUFFERS = 2;
+  static constexpr int PIECES = (BN + PIECE_COLUMNS - 1) / PIECE_COLUMNS, STORE_BUFFERS = 2;
   static constexpr int THREADS = 128 * (CONSUMERS + 1);
   // Of 65536: with one consumer every thread has as many as it can address.
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
@@ -74,10 +50,15 @@ struct Tile {
   static constexpr int STORE_BYTES = CONSUMERS * 4 * STORE_BUFFERS * PIECE_BYTES;
   static constexpr int SHARED_BYTES = 1024 + STAGES * SLOT_BYTES + STORE_BYTES + 2 * STAGES * 8;
   static_assert(CONSUMERS >= 1 && CONSUMERS <= 3, "registers are shared out for these");
-  static_assert(BN == 128 || BN == 192 || BN == 256, "widths that wgmma::multiply is written out for");
+  static_assert(BN % 16 == 0 && BN >= PIECE_COLUMNS && BN <= 256, "widths that wgmma::multiply is written out for");
   static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "each copy starts at a swizzle atom");
   static_assert(BM * BN * 4 <= STAGES * SLOT_BYTES, "blocks of a cluster exchange their sums through the slots");
   static_assert(SHARED_BYTES <= 232448);
+
+  // The tile's column that a piece begins at.
+  static constexpr __device__ __forceinline__ int column(int piece) {
+    return piece * PIECE_COLUMNS < BN - PIECE_COLUMNS ? piece * PIECE_COLUMNS : BN - PIECE_COLUMNS;
+  }
 };
 
 // COPIED: the copy engine also brings what is added (a mean residual), or gone back through (a pre-activation). SPLIT: the blocks
@@ -93,6 +74,7 @@ struct Kernel {
   static constexpr bool THROUGH_ACTIVATION = PRODUCT == Product::input_gradient && ACTIVATION != Activation::none;
   static constexpr bool A_MN = WEIGHT, B_MN = !FORWARD;
   static_assert(!SPLIT || !COPIED, "sums are exchanged through the slots");
+  static_assert(FORWARD || T::BN % COLUMNS == 0, "a chunk of a gradient's columns lies in one tap");
 };
 
 // A position in the ring of slots.
@@ -106,11 +88,12 @@ struct Ring {
   }
 };
 
-// 64 columns of the result.
+// 64 columns of a gradient.
 struct Chunk {
   int tap, c;  // taps of several sources follow each other
 
-  __device__ __forceinline__ Chunk(const GemmParams& p, int chunk) {
+  __device__ __forceinline__ Chunk(const GemmParams& p, int column) {
+    const int chunk = column / COLUMNS;
     tap = chunk / p.chunks_a_tap;
     c = (chunk - tap * p.chunks_a_tap) * COLUMNS;
   }
@@ -124,7 +107,7 @@ struct Work {
   int splits, rank, first, last;
 
   __device__ __forceinline__ Work(const GemmParams& p, int rank_)
-      : schedule((p.m + T::BM - 1) / T::BM, (p.chunks + T::CHUNKS - 1) / T::CHUNKS, p.group), splits(K::SPLIT ? p.splits : 1),
+      : schedule((p.m + T::BM - 1) / T::BM, (p.columns + T::BN - 1) / T::BN, p.group), splits(K::SPLIT ? p.splits : 1),
         rank(rank_), first(0), last(p.steps) {
     if constexpr (K::SPLIT) {
       const int part = (p.steps + splits - 1) / splits;

@@ -50,20 +50,20 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ void input_gradient(const Work<K>& work, int m0, int chunk0) {
+  __device__ __forceinline__ void input_gradient(const Work<K>& work, int m0, int n0) {
     const RowPosition at(p.rows, m0);
     for (int i = work.first; i < work.last; ++i, next()) {
       const uint32_t to = open(T::SLOT_BYTES);
       load_rows(&p.sources[0], p.rows, barrier(), to, i * BK, at, 0, 0);
 #pragma unroll 1
-      for (int j = 0; j < T::CHUNKS; ++j) {
-        const Chunk chunk(p, chunk0 + j);
+      for (int j = 0; j < T::PIECES; ++j) {
+        const Chunk chunk(p, n0 + T::column(j));
         ptx::load_3d(&p.other, barrier(), to + T::A_BYTES + j * wgmma::CHUNK_BYTES, chunk.c, chunk.tap, i * BK);
       }
     }
   }
 
-  __device__ __forceinline__ void weight_gradient(const Work<K>& work, int m0, int chunk0) {
+  __device__ __forceinline__ void weight_gradient(const Work<K>& work, int m0, int n0) {
     const int side = p.rows.side, taps = side * side;
     for (int i = work.first; i < work.last; ++i, next()) {
       const uint32_t to = open(T::SLOT_BYTES);
@@ -73,8 +73,8 @@ struct Producer {
         load_rows(&p.other, p.other_rows, barrier(), to + j * wgmma::CHUNK_BYTES, m0 + j * 64, of_gradient, 0, 0);
       }
 #pragma unroll 1
-      for (int j = 0; j < T::CHUNKS; ++j) {
-        const Chunk chunk(p, chunk0 + j);
+      for (int j = 0; j < T::PIECES; ++j) {
+        const Chunk chunk(p, n0 + T::column(j));
         int source = chunk.tap / taps, c = chunk.c;
         const int tap = chunk.tap - source * taps, dy = tap / side, dx = tap - dy * side;
         if (source >= p.sources_count) source = 0, c = p.chunks_a_tap * COLUMNS;  // behind the last chunk: zeros
@@ -83,13 +83,13 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ void added(int m0, int chunk0) {
+  __device__ __forceinline__ void added(int m0, int n0) {
     const RowPosition first(p.added_rows, m0);
     const int side = p.added_rows.side;
-    for (int chunk = 0; chunk < T::CHUNKS; ++chunk) {
+    for (int piece = 0; piece < T::PIECES; ++piece) {
       for (int tap = 0; tap < side * side; ++tap, next()) {
         const uint32_t to = open(T::A_BYTES);
-        const int dy = tap / side, dx = tap - dy * side, c = (chunk0 + chunk) * COLUMNS;
+        const int dy = tap / side, dx = tap - dy * side, c = n0 + T::column(piece);
         // In block order a window's tokens are one row.
         load_rows(&p.added, p.added_rows, barrier(), to, p.added_rows.im2col ? c : tap * p.n + c, first, dx, dy);
       }
@@ -101,11 +101,11 @@ struct Producer {
     for (int tile = work.begin(); work.goes_on(tile); tile = work.next(tile)) {
       int row, column;
       work.schedule.find(tile, row, column);
-      const int m0 = row * T::BM, chunk0 = column * T::CHUNKS;
-      if constexpr (K::PRODUCT == Product::forward) forward(work, m0, chunk0 * COLUMNS);
-      if constexpr (K::PRODUCT == Product::input_gradient) input_gradient(work, m0, chunk0);
-      if constexpr (K::PRODUCT == Product::weight_gradient) weight_gradient(work, m0, chunk0);
-      if constexpr (K::COPIED) added(m0, chunk0);
+      const int m0 = row * T::BM, n0 = column * T::BN;
+      if constexpr (K::PRODUCT == Product::forward) forward(work, m0, n0);
+      if constexpr (K::PRODUCT == Product::input_gradient) input_gradient(work, m0, n0);
+      if constexpr (K::PRODUCT == Product::weight_gradient) weight_gradient(work, m0, n0);
+      if constexpr (K::COPIED) added(m0, n0);
     }
     // Stay until every slot has been given back.
     for (int i = 0; i < T::STAGES; ++i, ring.next()) {

@@ -15,6 +15,7 @@ constexpr int SUM_ROWS = 16;  // rows that one line of an InputGradient's `sums`
 
 enum class Element : int { bfloat16 = 0, float16 = 1 };
 enum class Activation : int { none = 0, erf = 1, tanh = 2 };  // as torch.nn.functional.gelu's `approximate`
+enum class Product : int { forward = 0, input_gradient = 1, weight_gradient = 2 };
 enum class Residual : int { none = 0, mean = 1, channel_group = 2 };
 
 // Where an operand's rows lie. Row m = b * rows_per_image + q is window q of image b, and its depth is ordered (source, dy, dx,
@@ -37,6 +38,7 @@ struct Tokens {
 
 // out[m, n] = act(sum_k x[m, k] weight[n, k] + bias[n]) + R(S(residual))[m, n]
 struct Forward {
+  static constexpr Product PRODUCT = Product::forward;
   Element element;
   Tokens x;
   const void* weight;  // [n, depth] contiguous
@@ -65,6 +67,7 @@ inline Tokens residual_tokens(const Forward& q) {
 // Without, they are windows of tokens (side >= 1): out[b, out_prefix + token] = g + the residual's gradient. Every token of the
 // grid is written, the prefix is not.
 struct InputGradient {
+  static constexpr Product PRODUCT = Product::input_gradient;
   Element element;
   Tokens gradient;     // one source, side 1; n channels
   const void* weight;  // [n, side * side * channels] contiguous
@@ -81,6 +84,7 @@ struct InputGradient {
 
 // out[i, k] = sum_m gradient[m, i] x[m, k]
 struct WeightGradient {
+  static constexpr Product PRODUCT = Product::weight_gradient;
   Element element;
   Tokens gradient;  // one source, side 1; n channels
   Tokens x;
@@ -96,18 +100,22 @@ inline bool is_misaligned(std::initializer_list<const void*> pointers) {
   return false;
 }
 
+constexpr int64_t MOST = int64_t(1) << 30;        // rows, and numbers of a row: kernels count both in 32 bits
+constexpr int64_t FARTHEST = int64_t(1) << 39;  // elements from one token or image to the next, as the copy engine counts bytes in 40
+constexpr const char* LONG = "a row is too long for 32-bit numbers";
 constexpr const char* MISSING = "a pointer is null that must not be";
 
 inline const char* refusal(const Tokens& t) {
   if (t.num_sources < 1 || t.num_sources > MAX_SOURCES) return "there must be 1 to 8 sources";
   if (t.batch < 0 || t.height < 1 || t.width < 1 || t.channels < 1) return "sizes must be positive";
   if (t.side < 1 || t.side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
-  if (t.rows() >= int64_t(1) << 30) return "too many rows for 32-bit row numbers";
-  if (int64_t(t.height) * t.width >= int64_t(1) << 31) return "too many tokens for 32-bit token numbers";
+  if (t.rows() >= MOST) return "too many rows for 32-bit row numbers";
+  if (t.depth() >= MOST) return LONG;
+  const int64_t tokens = int64_t(t.height) * t.width;
+  if (tokens >= int64_t(1) << 31) return "too many tokens for 32-bit token numbers";
   if (t.channels % 8 || t.stride_t % 8 || t.stride_b % 8) return "channels, n and strides must be multiples of 8";
-  if (t.stride_t < t.channels || (t.batch > 1 && t.stride_b < int64_t(t.height) * t.width * t.stride_t)) {
-    return "tokens or images overlap";
-  }
+  if (t.stride_t >= FARTHEST / tokens || (t.batch > 1 && t.stride_b >= FARTHEST)) return "strides must be shorter than 2^39 elements";
+  if (t.stride_t < t.channels || (t.batch > 1 && t.stride_b < tokens * t.stride_t)) return "tokens or images overlap";
   for (int i = 0; i < t.num_sources; ++i) {
     if (t.batch > 0 && !t.sources[i]) return MISSING;
     if (is_misaligned({t.sources[i]})) return "pointers must be 16-byte aligned";
@@ -125,7 +133,8 @@ inline const char* refusal(Element element, Activation activation, Residual resi
 inline const char* refusal(const Forward& q) {
   if (const char* error = refusal(q.element, q.activation, q.residual_kind)) return error;
   if (const char* error = refusal(q.x)) return error;
-  if (q.n < 0) return "sizes must be positive";
+  if (q.n < 0 || q.out_prefix < 0) return "sizes must be positive";
+  if (q.n >= MOST) return LONG;
   if (q.n % 8) return "channels, n and strides must be multiples of 8";
   if (q.x.batch > 0 && q.n > 0 && !(q.weight && q.out)) return MISSING;
   if (q.pre && q.activation == Activation::none) return "there is nothing to save";
@@ -153,6 +162,7 @@ inline const char* refusal(const InputGradient& q) {
   if (const char* error = refusal_of_rows(q.gradient)) return error;
   if (q.side < 1 || q.side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
   if (q.channels < 1 || q.height < 1 || q.width < 1 || q.out_prefix < 0) return "sizes must be positive";
+  if (int64_t(q.side) * q.side * q.channels >= MOST) return LONG;
   if (q.channels % 8) return "channels, n and strides must be multiples of 8";
   if (q.gradient.batch > 0 && !(q.weight && q.out)) return MISSING;
   if (is_misaligned({q.weight, q.pre, q.act, q.sums, q.out})) return "pointers must be 16-byte aligned";

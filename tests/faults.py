@@ -51,6 +51,10 @@ FORWARD, MEAN, PREFIX, SHARED, ACTIVATION, TOKENS, WEIGHT, *AMPERE = (
     )
 )  # fmt: skip
 AMPERE_FORWARD, AMPERE_ACTIVATION, AMPERE_TOKENS, AMPERE_WEIGHT = AMPERE
+TOLD, TOLD_TOKENS, TOLD_WEIGHT, VAST = (
+    f"tests/csrc/test_operands.py -k {name}" for name in ("test_forward", "test_input", "test_weight", "beyond")
+)
+NARROW = "tests/csrc/test_orders.py -k '[forward-192x96-4]'"
 AMPERE_BANKS = "tests/csrc/test_ampere.py -k bank"
 MEMORY, REFERENCE, GEOMETRY = "tests/kernels/test_memory.py", "tests/test_reference.py", "tests/test_geometry.py"
 
@@ -77,6 +81,7 @@ FILES |= {
         "ampere_operands",
     )
 }
+FILES |= {f"{name}.h": f"csrc/{name}.h" for name in ("operands", "plan", "problem", "schedule")}
 
 
 @dataclass(frozen=True)
@@ -352,7 +357,26 @@ FAULTS = [
     Fault("hopper_params", "depth is shared out with a gap",
         "min(first + part, p.steps)", "min(first + part - 1, p.steps)", SHARED),
     Fault("hopper_launch", "windows step by a token",
-        "cuuint32_t(t.side), cuuint32_t(t.side), 1};", "cuuint32_t(t.side), 1, 1};", FORWARD),
+        "map.side ? step : 1, 1};", "1, 1};", FORWARD),
+    Fault("hopper_gemm", "the last piece is added up as if it were whole",
+        "exchange() + first / 2 * EXCHANGE_STRIDE", "exchange() + piece * 32 * EXCHANGE_STRIDE", NARROW),
+    Fault("operands.h", "images follow each other", "t.batch > 1 ? t.stride_b : height * line", "height * line", TOLD),
+    Fault("operands.h", "taps are as far apart as rows",
+        "{channels, taps * channels}", "{taps * channels, channels}", TOLD_TOKENS),
+    Fault("operands.h", "tokens with gaps are one matrix",
+        "t.side == 1 && (t.batch == 1 || t.stride_b == tokens * t.stride_t)", "t.side == 1", TOLD),
+    Fault("operands.h", "a residual in block order is read line by line",
+        "if (d.copied && q.residual_block)", "if (d.copied && false)", TOLD),
+    Fault("plan.h", "a gradient's taps share chunks",
+        "columns_of(const InputGradient& q) { return COLUMNS * chunks_of(int64_t(q.side) * q.side, q.channels); }",
+        "columns_of(const InputGradient& q) { return COLUMNS * chunks_of(1, q.side * q.side * q.channels); }", TOLD_TOKENS),
+    Fault("plan.h", "each source is one tap",
+        "chunks_of(q.x.num_sources * q.x.taps(), q.x.channels)", "chunks_of(q.x.num_sources, q.x.channels)", TOLD_WEIGHT),
+    Fault("schedule.h", "the last group of rows is as high as the others", "left < group ? left : group", "group", TOLD),
+    Fault("problem.h", "rows are counted beyond 32 bits", "t.rows() >= MOST", "t.rows() >= 8 * MOST", VAST),
+    Fault("problem.h", "rows are longer than 32 bits", "t.depth() >= MOST", "t.depth() >= 64 * MOST", VAST),
+    Fault("problem.h", "strides are longer than the copy engine's",
+        "t.stride_t >= FARTHEST / tokens", "t.stride_t >= FARTHEST", VAST),
     Fault("wgmma", "chunks lie next to each other",
         "leading = MN ? CHUNK_BYTES >> 4 : 1", "leading = MN ? CHUNK_BYTES >> 5 : 1", WEIGHT),
     Fault("wgmma", "a step along K is half of one",

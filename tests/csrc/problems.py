@@ -11,7 +11,18 @@ import torch.nn.functional as F
 TYPES = [torch.bfloat16, torch.float16]
 ACTIVATIONS = ["", "none", "tanh"]  # as torch.nn.functional.gelu's `approximate`
 RESIDUALS = ["none", "mean", "channel_group"]
+# Hopper's tiles: rows, columns, and whether blocks of a cluster may share the depth.
+HOPPER = {
+    "128x256": (128, 256, False), "192x144": (192, 144, False), "192x128": (192, 128, True), "128x192": (128, 192, False),
+    "192x96": (192, 96, True), "128x128": (128, 128, True), "64x256": (64, 256, False), "64x128": (64, 128, True),
+    "64x64": (64, 64, True),
+}  # fmt: skip
 MARGIN = 64  # elements in front of and behind what is allocated
+
+
+def tiles_of(product):
+    """Of a product: columns of gradients end with each tap, which 64 divide."""
+    return [name for name, (_, bn, _) in HOPPER.items() if product == "forward" or bn % 64 == 0] + ["ampere"]
 
 
 class Memory:

@@ -42,7 +42,7 @@ def fragments(n):
     return row, i // 4 * 8 + thread % 4 * 2 + i % 2
 
 
-@pytest.mark.parametrize("n", [128, 192, 256])
+@pytest.mark.parametrize("n", range(64, 257, 16))
 @pytest.mark.parametrize("a_mn", [False, True])
 @pytest.mark.parametrize("b_mn", [False, True])
 @pytest.mark.parametrize("half", [False, True])
@@ -50,7 +50,7 @@ def test_warpgroup_products(emulator, half, a_mn, b_mn, n):
     torch.manual_seed(n)
     a, b = (torch.randn(rows, DEPTH).to(DTYPES[half]) for rows in (64, n))
     a[8:16], b[16:40] = 0, 0  # passed over
-    memory = np.zeros((B + n * 128) // 2, np.int16)
+    memory = np.zeros((B + -(-n // 64) * 8192) // 2, np.int16)
     place(memory, 0, bits(a), a_mn)
     place(memory, B, bits(b), b_mn)
     before = np.random.default_rng(0).standard_normal((64, n)).astype(np.float32)

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from laco_kernels.bench import cuda_resources
 from laco_kernels.kernels import cuda_products
+from tests.csrc.problems import HOPPER, tiles_of
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="needs nvcc to build the CUDA extension"),
 ]
-TILES = {"128x256": (128, 256), "192x128": (192, 128), "128x192": (128, 192), "128x128": (128, 128), "64x256": (64, 256)}
 
 
 def setup(folder, **env):
@@ -144,6 +144,7 @@ def problem(extension, product, change):
     return {**passing, **change}
 
 
+LONG, FAR = "a row is too long for 32-bit numbers", "strides must be shorter than 2^39 elements"
 NULL = "a pointer is null that must not be"
 OVERLAP, ROWS = "tokens or images overlap", "the windows must be the gradient's rows"
 UNITS, ALIGNED = "channels, n and strides must be multiples of 8", "pointers must be 16-byte aligned"
@@ -158,6 +159,12 @@ REFUSALS = [
     ("forward", {"x": {"side": 9}}, "windows must be 1 to 8 tokens wide"),
     ("forward", {"residual": {"side": 9}}, "windows must be 1 to 8 tokens wide"),
     ("forward", {"x": {"batch": 2**26, "stride_b": 2048}}, "too many rows for 32-bit row numbers"),
+    ("forward", {"x": {"channels": 2**30, "stride_t": 2**30, "stride_b": 2**36}}, LONG),
+    ("forward", {"n": 2**30}, LONG),
+    ("input_gradient", {"channels": 2**28, "side": 2}, LONG),
+    ("forward", {"x": {"stride_b": 2**39}}, FAR),
+    ("weight_gradient", {"x": {"stride_t": 2**36, "stride_b": 2**40}}, FAR),
+    ("forward", {"residual": {}, "out_prefix": -1}, "sizes must be positive"),
     ("forward", {"x": {"channels": 60}}, UNITS),
     ("forward", {"n": 60}, UNITS),
     ("forward", {"x": {"sources": [0]}}, NULL),
@@ -214,6 +221,25 @@ PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
+def test_tiles_do_what_they_are_for_and_say_what_not(extension, product):
+    def told(tile, splits):
+        return getattr(extension, f"{product}_operands")(**problem(extension, product, {}), tile=tile, splits=splits)
+
+    if product == "forward":
+        assert told("192x96", 1)["columns"] == 64
+    else:
+        with pytest.raises(ValueError, match="this tile is of forward products alone"):
+            told("192x96", 1)
+    for tile, splits in (("128x256", 2), ("192x128", 3)):
+        with pytest.raises(ValueError, match="this tile's depth cannot be shared so"):
+            told(tile, splits)
+    with pytest.raises(ValueError, match=r"depth .*cannot be shared"):
+        told("192x128", 2)
+    with pytest.raises(ValueError, match="no tile of that name"):
+        told("1x1", 1)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
 def test_without_a_gpu_it_says_so(extension, product):
     import torch
 
@@ -224,36 +250,66 @@ def test_without_a_gpu_it_says_so(extension, product):
         assert "CUDA" in getattr(extension, product)(**problem(extension, product, {}))
 
 
+def plan(extension, product, m, columns, steps, multiprocessors=132):
+    """Of a product whose result has m rows and so many columns, and whose depth is ``steps`` times 64."""
+    rows = {"sources": [64], "height": 1, "side": 1}
+    if product == "weight_gradient":
+        width, n, channels = 64 * steps, m, columns
+    else:
+        width, n, channels = m, *((columns, 64 * steps) if product == "forward" else (64 * steps, columns))
+    sizes = {"batch": 1, "width": width, "stride_b": 64}
+    x = extension.Tokens(**rows, **sizes, stride_t=channels, channels=channels)
+    gradient = extension.Tokens(**rows, **sizes, stride_t=n, channels=n)
+    options = {"element": 0, "out": 64, "multiprocessors": multiprocessors}
+    if product == "forward":
+        return extension.forward_plan(x=x, weight=64, n=n, **options)
+    if product == "input_gradient":
+        return extension.input_gradient_plan(gradient=gradient, weight=64, channels=channels, width=width, **options)
+    return extension.weight_gradient_plan(gradient=gradient, x=x, **options)
+
+
 def test_tiles_are_chosen_by_waves(extension):
-    assert {name: tile[:2] for name, tile in extension.TILES.items()} == TILES
-    chosen = {(9216, 4096): "128x256", (9216, 1024): "192x128", (2304, 4096): "192x128", (36864, 1024): "128x256"}
-    plans = {shape: extension.plan(shape[0], shape[1] // 64, 64, 132, True) for shape in chosen}
+    assert {name: tile[:3] for name, tile in extension.TILES.items()} == HOPPER
+    chosen = {
+        (9216, 4096): "128x256", (2304, 4096): "192x128", (36864, 1024): "128x256",
+        (2304, 1024): "192x96", (1568, 4608): "128x256", (1568, 4096): "192x144",
+    }  # fmt: skip
+    plans = {shape: plan(extension, "forward", *shape, 64) for shape in chosen}
     assert {shape: plan["tile"] for shape, plan in plans.items()} == chosen
     assert {plan["splits"] for plan in plans.values()} == {1}
     assert plans[9216, 4096]["waves"] == 9
+    assert plans[2304, 1024]["tiles"] == 132
 
 
 def test_where_tiles_are_few_blocks_share_their_depth(extension):
     """One image: 144 rows of 4096 columns are 32 tiles for 132 multiprocessors."""
-    plan = extension.plan(144, 64, 64, 132, True)
-    assert (plan["tile"], plan["splits"], plan["tiles"], plan["waves"]) == ("192x128", 4, 32, 1)
-    alone = extension.plan(144, 64, 64, 132, False)
+    shared = plan(extension, "forward", 144, 4096, 64)
+    assert (shared["tile"], shared["splits"], shared["tiles"], shared["waves"]) == ("192x128", 4, 32, 1)
+    alone = plan(extension, "input_gradient", 144, 4096, 64)
     assert alone["splits"] == 1
-    assert plan["microseconds"] < alone["microseconds"] / 1.5
-    assert extension.plan(144, 64, 7, 132, True)["splits"] == 1  # too short a depth
+    assert shared["microseconds"] < alone["microseconds"]
+    assert plan(extension, "forward", 144, 4096, 7)["splits"] == 1  # too short a depth
+    few = plan(extension, "forward", 64, 4096, 144)  # a window of three tokens each way, one image
+    assert (few["tile"], few["splits"]) == ("64x128", 4)
 
 
-@given(st.integers(1, 3000), st.integers(1, 80), st.integers(1, 400), st.integers(1, 140), st.booleans())
-def test_plans_are_consistent(extension, m, chunks, steps, multiprocessors, may_split):
-    plan = extension.plan(m, chunks, steps, multiprocessors, may_split)
-    bm, bn = TILES[plan["tile"]]
-    assert plan["tiles"] == -(-m // bm) * -(-chunks // (bn // 64))
-    assert plan["waves"] == -(-plan["tiles"] * plan["splits"] // multiprocessors)
-    if plan["splits"] > 1:
-        assert may_split
-        assert plan["tile"] in ("192x128", "128x128")
-        assert plan["waves"] == 1
-        assert steps >= 4 * plan["splits"]
+SIZES = st.integers(1, 640).map(lambda n: 8 * n)
+
+
+@given(
+    st.sampled_from(["forward", "input_gradient", "weight_gradient"]), SIZES, SIZES, st.integers(1, 400), st.integers(1, 140)
+)
+def test_plans_are_consistent(extension, product, m, columns, steps, multiprocessors):
+    found = plan(extension, product, m, columns, steps, multiprocessors)
+    assert found["tile"] in tiles_of(product)
+    bm, bn, shares = HOPPER[found["tile"]]
+    assert found["tiles"] == -(-m // bm) * -(-columns // bn)
+    assert found["waves"] == -(-found["tiles"] * found["splits"] // multiprocessors)
+    if found["splits"] > 1:
+        assert product != "input_gradient"
+        assert shares
+        assert found["waves"] == 1
+        assert steps >= 4 * found["splits"]
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**4))
@@ -262,11 +318,11 @@ def test_column_sums_have_a_line_for_every_sixteen_rows(extension, rows, channel
     assert extension.SUM_ROWS == cuda_products.SUM_ROWS
 
 
-@given(st.integers(1, 3000), st.integers(1, 80), st.integers(1, 140))
-def test_the_blocks_work_on_every_tile_once(extension, m, chunks, blocks):
-    for name, (bm, bn) in TILES.items():
-        found = [tile for block in range(blocks) for tile in extension.schedule(name, m, chunks, block, blocks)]
-        assert Counter(found) == Counter((row, chunk) for row in range(0, m, bm) for chunk in range(0, chunks, bn // 64))
+@given(st.integers(1, 3000), st.integers(1, 5000), st.integers(1, 140))
+def test_the_blocks_work_on_every_tile_once(extension, m, columns, blocks):
+    for name, (bm, bn, _) in HOPPER.items():
+        found = [tile for block in range(blocks) for tile in extension.schedule(name, m, columns, block, blocks)]
+        assert Counter(found) == Counter((row, column) for row in range(0, m, bm) for column in range(0, columns, bn))
 
 
 @pytest.fixture(scope="module")
@@ -288,16 +344,15 @@ def test_nothing_spills_and_nothing_is_serialised(built, kernels):
 def test_registers_are_those_that_warpgroups_share_out(kernels):
     """Three warpgroups of 168 registers, or four of 128, are all there are; roles then shift them among themselves."""
     for kernel in kernels.values():
-        if kernel.tile in ("128x256", "128x192", "128x128"):
-            assert kernel.registers == 168
-        elif kernel.tile == "192x128":
-            assert kernel.registers == 128
+        rows = HOPPER.get(kernel.tile, (None,))[0]
+        if rows in (128, 192):
+            assert kernel.registers == {128: 168, 192: 128}[rows]
         else:
             assert kernel.registers <= 255
 
 
 def test_the_matrix_units_and_the_copy_engine_do_the_work(kernels):
-    of_hopper = [kernel for kernel in kernels.values() if kernel.tile in TILES]
+    of_hopper = [kernel for kernel in kernels.values() if kernel.tile in HOPPER]
     found = Counter()
     for kernel in of_hopper:
         width = kernel.tile.split("x")[1]
@@ -308,8 +363,40 @@ def test_the_matrix_units_and_the_copy_engine_do_the_work(kernels):
         assert ("UTMASTG" in kernel.code) == (kernel.product != "input_gradient" or kernel.activation != "none")
         assert ("UCGABAR" in kernel.code) == kernel.split
         found[kernel.tile, kernel.element] += 1
-    splitting = {"192x128", "128x128"}
-    assert found == {(tile, e): 12 if tile in splitting else 8 for tile in TILES for e in ("bfloat16", "float16")}
+    # Forward without and with an activation and with a copied residual, the gradients, and those that share the depth.
+    counts = {
+        name: 4 + (3 if shares else 0) + ((4 + shares) if bn % 64 == 0 else 0) for name, (_, bn, shares) in HOPPER.items()
+    }
+    assert found == {(tile, element): count for tile, count in counts.items() for element in ("bfloat16", "float16")}
+
+
+WIDTHS = range(64, 257, 16)
+MULTIPLY = """
+#include "wgmma.cuh"
+template <int N, laco::Element ELEMENT> __global__ void multiply(uint64_t a, uint64_t b, float* d) {
+  float acc[N / 2] = {};
+  laco::wgmma::fence();
+  laco::wgmma::multiply<ELEMENT, false, false>(acc, a, b, 1);
+  laco::wgmma::commit();
+  laco::wgmma::wait_all();
+  laco::wgmma::keep(acc);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d[i] = acc[i];
+}
+"""
+
+
+def test_every_width_is_an_instruction(tmp_path):
+    source, binary = tmp_path / "widths.cu", tmp_path / "widths.cubin"
+    elements = {"bfloat16": ".BF16", "float16": " "}
+    kernels = [f"multiply<{n}, laco::Element::{element}>(uint64_t, uint64_t, float*);" for n in WIDTHS for element in elements]
+    source.write_text(MULTIPLY + "\n".join(f"template __global__ void {kernel}" for kernel in kernels))
+    command = [NVCC, "-std=c++17", "-arch=sm_90a", "-cubin", f"-I{ROOT / 'csrc'}", str(source), "-o", str(binary)]
+    subprocess.run(command, check=True)
+    code = cuda_resources.disassembled(binary)
+    for n in WIDTHS:
+        for suffix in elements.values():
+            assert code.count(f"HGMMA.64x{n}x16.F32{suffix}") == 1
 
 
 def test_the_tensor_cores_do_amperes_work(kernels):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.csrc.emulator import build
+from tests.csrc.problems import tiles_of
 
 pytestmark = [
     pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the emulated GPU"),
@@ -12,7 +13,6 @@ pytestmark = [
 SEEDS = 9  # three numbers of multiprocessors
 BF16, HALF = torch.bfloat16, torch.float16
 ELEMENTS = {BF16: 0, HALF: 1}
-TILES = ("128x256", "192x128", "128x192", "128x128", "64x256", "ampere")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ class Case:
     def launch(self, tile, splits):
         for tensor in self.outputs:
             tensor.fill_(float("nan"))
-        options = {**self.problem, "tile": tile, **({} if self.product == "input_gradient" else {"splits": splits})}
+        options = {**self.problem, "tile": tile, "splits": splits}
         error = getattr(self.cuda, self.product)(element=ELEMENTS[self.dtype], dependent=True, **options)
         assert error is None, error
 
@@ -135,9 +135,11 @@ CASES = {
     "to_tokens_channel_group": (to_tokens, {"residual": 2}),
     "weight_gradient": (weight_gradient, {}),
 }
-RUNS = [(name, tile, 1) for name in CASES for tile in TILES]
-RUNS += [(name, "192x128", 2) for name, (make, _) in CASES.items() if make in (forward, weight_gradient)]
-RUNS += [(name, "128x128", 4) for name, (make, _) in CASES.items() if make is forward]
+PRODUCTS = {forward: "forward", weight_gradient: "weight_gradient"}
+RUNS = [(name, tile, 1) for name, (make, _) in CASES.items() for tile in tiles_of(PRODUCTS.get(make, "input_gradient"))]
+SHARING = {"192x128": 2, "192x96": 4, "128x128": 4, "64x128": 2, "64x64": 4}  # blocks that share a tile's depth
+RUNS += [(name, tile, splits) for name, (make, _) in CASES.items() if make is forward for tile, splits in SHARING.items()]
+RUNS += [("weight_gradient", tile, 2) for tile in SHARING if tile in tiles_of("weight_gradient")]
 
 
 @pytest.mark.parametrize(("name", "tile", "splits"), RUNS)

@@ -13,6 +13,8 @@ import torch
 from laco_kernels import testing
 from laco_kernels.kernels import cuda_products, select
 from laco_kernels.testing import Case
+from tests.csrc.problems import HOPPER as HOPPERS_TILES
+from tests.csrc.problems import tiles_of
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 pytestmark = [
@@ -28,8 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # (tile, blocks that share a tile's depth); "" is the plan of the extension, 0 its number.
 TILES = [("", 0), ("ampere", 1)]
 if HOPPER:
-    TILES += [(tile, 1) for tile in ("128x256", "192x128", "128x192", "128x128", "64x256")]
-    TILES += [(tile, splits) for tile in ("192x128", "128x128") for splits in (2, 4)]
+    TILES += [(tile, n) for tile, (*_, shares) in HOPPERS_TILES.items() for n in ((1, 2, 4) if shares else (1,))]
 
 
 @pytest.fixture
@@ -40,12 +41,14 @@ def told(monkeypatch):
         call = cuda_products.call
 
         def called(extension, product, **problem):
-            x = problem.get("x")
-            if x is None:  # an input gradient, which shares nothing
-                return call(extension, product, **problem, tile=tile, dependent=dependent)
-            rows = extension.Tokens(**x._asdict())
-            depth = rows.depth if product == "forward" else rows.rows
-            able = splits if depth >= 64 * 4 * splits else 1  # a short depth is not shared
+            if tile and tile not in tiles_of(product):  # its gradients are other tiles'
+                return call(extension, product, **problem, dependent=dependent)
+            able = splits
+            if splits > 1:
+                x = problem.get("x")
+                rows = x and extension.Tokens(**x._asdict())
+                depth = 0 if x is None else rows.depth if product == "forward" else rows.rows
+                able = splits if depth >= 64 * 4 * splits else 1  # no input gradient's and no short depth is shared
             return call(extension, product, **problem, splits=able, tile=tile, dependent=dependent)
 
         monkeypatch.setattr(cuda_products, "call", called)

@@ -49,11 +49,16 @@ def kernels(library: str | Path) -> dict[str, Kernel]:
     for function, line in re.findall(r"Function (\w+):\n\s*(.*)", _tool("--dump-resource-usage", library)):
         usage[function] = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
     found = {}
-    for part in _tool("-sass", library).split("Function : ")[1:]:
+    for part in disassembled(library).split("Function : ")[1:]:
         function, code = part.split("\n", 1)
         kernel = _describe(function, usage[function], code)
         found[kernel.name] = kernel
     return found
+
+
+def disassembled(binary: str | Path) -> str:
+    """Return the machine code of everything in a compiled file."""
+    return _tool("-sass", binary)
 
 
 def _describe(function: str, usage: dict[str, int], code: str) -> Kernel:

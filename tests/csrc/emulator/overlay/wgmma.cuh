@@ -17,7 +17,7 @@ void keep(float (&)[SIZE]) {}
 
 template <Element ELEMENT, bool A_MN, bool B_MN, int SIZE>
 void multiply(float (&d)[SIZE], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(SIZE == 64 || SIZE == 96 || SIZE == 128);
+  static_assert(SIZE % 8 == 0 && SIZE >= 32 && SIZE <= 128);
   emulator::product(ELEMENT == Element::float16, A_MN, B_MN, d, 2 * SIZE, a, b, accumulate != 0);
 }
 

@@ -12,7 +12,7 @@ namespace {
 // A's operand of 64 rows at shared address 0, B's behind 16 KB; 64 of depth; d as the threads hold it.
 template <Element ELEMENT, bool A_MN, bool B_MN, int SIZE>
 __global__ void warpgroup_product(const uint32_t* operands, float* d, int first) {
-  constexpr uint32_t B = 16384, BYTES = B + 2 * SIZE * 128;
+  constexpr uint32_t B = 16384, BYTES = B + (2 * SIZE + 63) / 64 * 8192;
   const uint32_t base = aligned_shared();
   for (uint32_t i = threadIdx.x; i < BYTES / 4; i += 128) ptx::store_shared_4(base + 4 * i, operands[i]);
   ptx::fence_async();
@@ -30,19 +30,19 @@ __global__ void warpgroup_product(const uint32_t* operands, float* d, int first)
   std::copy(acc, acc + SIZE, d + threadIdx.x * SIZE);
 }
 
-template <Element ELEMENT, bool A_MN, bool B_MN>
-std::string product_of(int n, uintptr_t operands, uintptr_t d, bool accumulate) {
-  const auto* from = reinterpret_cast<const uint32_t*>(operands);
-  auto* to = reinterpret_cast<float*>(d);
-  const int first = accumulate;
-  switch (n) {
-    case 128:
-      return launch<const uint32_t*, float*, int>(warpgroup_product<ELEMENT, A_MN, B_MN, 64>, 1, 128, 1, from, to, first);
-    case 192:
-      return launch<const uint32_t*, float*, int>(warpgroup_product<ELEMENT, A_MN, B_MN, 96>, 1, 128, 1, from, to, first);
-    default:
-      return launch<const uint32_t*, float*, int>(warpgroup_product<ELEMENT, A_MN, B_MN, 128>, 1, 128, 1, from, to, first);
-  }
+// Of the width that is asked for: 64, 80, ... 256.
+template <Element ELEMENT, bool A_MN, bool B_MN, int... I>
+std::string product_of(int n, uintptr_t operands, uintptr_t d, bool accumulate, std::integer_sequence<int, I...>) {
+  std::string error = "no such width";
+  const auto of_width = [&](auto width) {
+    constexpr int N = decltype(width)::value;
+    if (n != N) return;
+    error = launch<const uint32_t*, float*, int>(warpgroup_product<ELEMENT, A_MN, B_MN, N / 2>, 1, 128, 1,
+                                                 reinterpret_cast<const uint32_t*>(operands), reinterpret_cast<float*>(d),
+                                                 accumulate);
+  };
+  (of_width(std::integral_constant<int, 64 + 16 * I>()), ...);
+  return error;
 }
 
 // 32 lanes' fragments of 4, 2 and 4 registers.
@@ -75,13 +75,14 @@ __global__ void matrices_kernel(const uint32_t* in, uint32_t* registers, uint32_
 }  // namespace
 
 std::string product(bool half, bool a_mn, bool b_mn, int n, uintptr_t operands, uintptr_t d, bool accumulate) {
+  constexpr auto widths = std::make_integer_sequence<int, 13>();
   const auto of_type = [&](auto element) {
     constexpr Element ELEMENT = decltype(element)::value;
     if (a_mn)
-      return b_mn ? product_of<ELEMENT, true, true>(n, operands, d, accumulate)
-                  : product_of<ELEMENT, true, false>(n, operands, d, accumulate);
-    return b_mn ? product_of<ELEMENT, false, true>(n, operands, d, accumulate)
-                : product_of<ELEMENT, false, false>(n, operands, d, accumulate);
+      return b_mn ? product_of<ELEMENT, true, true>(n, operands, d, accumulate, widths)
+                  : product_of<ELEMENT, true, false>(n, operands, d, accumulate, widths);
+    return b_mn ? product_of<ELEMENT, false, true>(n, operands, d, accumulate, widths)
+                : product_of<ELEMENT, false, false>(n, operands, d, accumulate, widths);
   };
   return half ? of_type(std::integral_constant<Element, Element::float16>())
               : of_type(std::integral_constant<Element, Element::bfloat16>());

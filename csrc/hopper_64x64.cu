@@ -1,0 +1,11 @@
+#include "hopper_launch.cuh"
+
+namespace laco {
+
+using ThisTile = Tile<64, 12, 1, true>;
+
+const char* forward_64x64(const Forward& q, const Launch& how) { return launch<ThisTile>(q, how); }
+const char* input_gradient_64x64(const InputGradient& q, const Launch& how) { return launch<ThisTile>(q, how); }
+const char* weight_gradient_64x64(const WeightGradient& q, const Launch& how) { return launch<ThisTile>(q, how); }
+
+}  // namespace laco
