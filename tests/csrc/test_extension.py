@@ -101,20 +101,9 @@ def test_a_broken_compiler_stops_only_who_asked_for_the_extension(tmp_path):
     assert "LACO_BUILD_CUDA: got '1', expected the CUDA extension to build" in done.stderr
 
 
-def test_a_rebuild_compiles_only_what_changed(built, tmp_path):
-    objects = ROOT / "build" / "cuda"
-    before = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
-    assert len(before) >= 7
-    command = objects / "hopper_128x128.cu.command"
-    command.write_text("another compiler")
-    assert setup(tmp_path, LACO_BUILD_CUDA="1").returncode == 0
-    after = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
-    assert {name for name in after if after[name] != before[name]} == {"hopper_128x128.cu.o"}
-
-
-def test_it_links_neither_torch_nor_the_driver(extension):
+def test_it_links_neither_torch_nor_cublas_nor_the_driver(extension):
     needed = subprocess.run(["ldd", extension.__file__], capture_output=True, text=True, check=True).stdout
-    assert not re.search("torch|libcuda|cudart", needed), needed
+    assert not re.search("torch|cublas|libcuda|cudart", needed), needed
 
 
 def tokens(extension, **change):
