@@ -205,6 +205,22 @@ def test_the_next_build_waits_for_a_compiler_that_outlived_its_own(tree):
     tree.check("80")
 
 
+def pack(folder):
+    """Make the source distribution, unpack it in the folder and say where."""
+    command = [sys.executable, "setup.py", "egg_info", "--egg-base", str(folder), "sdist", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "LACO_BUILD_CUDA": "0"}, capture_output=True, check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    subprocess.run(["tar", "-xf", archive, "-C", folder], check=True)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_a_source_distribution_has_the_kernels_wherever_it_is_made(tmp_path):
+    def names(csrc):
+        return {path.name for path in csrc.iterdir()}
+
+    assert names(pack(tmp_path) / "csrc") == names(ROOT / "csrc")
+
+
 def without_nvcc(tree, *, build):
     code = "import runpy, shutil; shutil.which = lambda *_: None; runpy.run_path('setup.py', run_name='__main__')"
     process = tree.start("-c", code, LACO_BUILD_CUDA=build)

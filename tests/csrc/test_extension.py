@@ -3,14 +3,11 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,9 +15,8 @@ from hypothesis import strategies as st
 
 from laco_kernels.bench import cuda_resources
 from laco_kernels.kernels import cuda_products
+from tests.csrc.test_build import NVCC, ROOT
 
-ROOT = Path(__file__).parents[2]
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="needs nvcc to build the CUDA extension"),
 ]
@@ -61,15 +57,6 @@ def test_the_build_says_what_it_did_not_do(tmp_path):
     assert "LACO_BUILD_CUDA: got 'yes', expected one of auto, 0, 1. Leave it out for 'auto'." in done.stderr
     assert "LACO_CUDA_ARCHS: got '75', expected one of 80, 90a, 80;90a" in setup(tmp_path, LACO_CUDA_ARCHS="75").stderr
     assert not list(tmp_path.rglob("_cuda*"))
-
-
-def test_a_source_distribution_has_the_kernels_wherever_it_is_made(tmp_path):
-    command = [sys.executable, "setup.py", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "LACO_BUILD_CUDA": "0"}, capture_output=True, check=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as packed:
-        names = {Path(name).name for name in packed.getnames() if Path(name).parts[1:2] == ("csrc",)}
-    assert {path.name for path in (ROOT / "csrc").iterdir()} <= names
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
