@@ -9,7 +9,7 @@ OLDEST := torch==2.11.0 triton==3.6.0  # the oldest versions supported
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: demo train-demo test lint format clean fuzz gpu faults gpu-test test-oldest resources
+.PHONY: demo train-demo test lint format clean fuzz gpu faults gpu-test test-oldest test-wheel resources
 
 demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper, on a real photo
 	$(BIN)/laco bench vec --out demo
@@ -22,6 +22,9 @@ test: $(READY)
 
 test-oldest: .venv-oldest/.ready  ## operators and kernels with the oldest torch and Triton, in an environment of its own
 	$(<D)/bin/pytest tests/ops tests/kernels -n $(JOBS) --dist loadfile --hypothesis-profile=brief
+
+test-wheel: $(READY)  ## a wheel built in isolation from the source distribution: complete, compiled in ten minutes, importable
+	$(BIN)/pytest tests/csrc/wheel.py
 
 fuzz: $(READY)  ## the kernels on 10,000 random shapes, interpreted where there is no GPU; keeps the statistics
 	$(BIN)/laco env | sed '/^$$/,$$d' > fuzz.log

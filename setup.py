@@ -6,6 +6,7 @@
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -53,56 +54,79 @@ def find_nvcc():
     return next(filter(None, map(shutil.which, ["nvcc", *places])), None)
 
 
+@functools.cache
+def content(file):
+    """As first looked at: what is edited while nvcc runs is compiled again the next time."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else "is not there"
+
+
 class BuildCuda(build_ext):
-    """Compiles every source with nvcc, beside each other, and links them with the CUDA runtime inside."""
+    """Compiles every source with nvcc, beside each other, and links them with the CUDA runtime inside.
+
+    An object is kept for as long as its command and the content of the files that nvcc read for it are the same. Times, by
+    which ninja goes, say nothing in a tree that was copied or is on another branch.
+    """
 
     def build_extension(self, extension):
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.unlink(missing_ok=True)  # of an earlier build: where this one fails, it would be installed
         try:
-            self.build(extension)
+            self.build(target)
         except (ImportError, OSError, RuntimeError) as error:
+            target.unlink(missing_ok=True)
             if BUILD == "1":
                 sys.exit(f"LACO_BUILD_CUDA: got '1', expected the CUDA extension to build. It did not: {error}.")
             say(f"the CUDA extension did not build: {error}. Installing without impl='cuda'")
 
-    def build(self, extension):
+    def build(self, target):
         import pybind11
 
-        target = Path(self.get_ext_fullpath(extension.name))
-        target.unlink(missing_ok=True)  # of an earlier build: where this one fails, it would be installed
         for folder in (OBJECTS, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        include = [f"-I{folder}" for folder in dict.fromkeys([pybind11.get_include(), *self.include_dirs])]
-        flags = [(BINDINGS, [*include, *(MACROS[arch] for arch in ARCHS)])]
-        flags += [(source, GENCODE[arch]) for arch in ARCHS for source in KERNELS[arch]]
-        # What every object is made of besides its source and its command.
-        version = subprocess.run([NVCC, "--version"], stdout=subprocess.PIPE).stdout
-        environment = [os.environ.get(f"NVCC_{which}_FLAGS", "").encode() for which in ("PREPEND", "APPEND")]
-        shared = [version, *environment, *(header.read_bytes() for header in HEADERS)]
+        # By the object's name: source, options, system headers and their versions, as pip puts them elsewhere each time.
+        headers = [f"-isystem={folder}" for folder in dict.fromkeys([pybind11.get_include(), *self.include_dirs])]
+        macros = [MACROS[arch] for arch in ARCHS]
+        objects = {f"bindings_{'_'.join(ARCHS)}": (BINDINGS, macros, headers, [pybind11.__version__, sys.version])}
+        objects |= {source.name: (source, GENCODE[arch], [], []) for arch in ARCHS for source in KERNELS[arch]}
+        compiler = [subprocess.run([NVCC, "--version"], stdout=subprocess.PIPE, text=True).stdout]
+        compiler += [os.environ.get(f"NVCC_{which}", "") for which in ("PREPEND_FLAGS", "APPEND_FLAGS", "CCBIN")]
 
-        def compile_one(source, options):
-            name = source.name if source != BINDINGS else f"bindings_{'_'.join(ARCHS)}"
-            compiled = OBJECTS / f"{name}.o"
-            made, note = compiled.with_suffix(".part"), compiled.with_suffix(".command")
-            command = [NVCC, *FLAGS, *options, "-c", str(source), "-o", str(made)]
-            wanted = f"{hashlib.sha256(bytes(1).join([*shared, source.read_bytes()])).hexdigest()}\n{shlex.join(command)}"
-            if not (compiled.exists() and note.exists() and note.read_text() == wanted):
-                log = run(command)
-                note.unlink(missing_ok=True)
-                compiled.with_suffix(".log").write_text(log)
-                made.replace(compiled)
-                note.write_text(wanted)
-            return str(compiled)
+        def compile_one(name, source, options, headers, versions):
+            """Whether there was anything to do."""
+            compiled, made, read, log, note = (OBJECTS / f"{name}.{end}" for end in ("o", "part", "d", "log", "command"))
+            command = [NVCC, *FLAGS, *options, str(source)]
+
+            def made_of():
+                """The command, and the files that nvcc has named in a rule for make."""
+                files = sorted(read.read_text().partition(":")[2].replace("\\\n", " ").split())
+                return "\n".join([shlex.join(command), *compiler, *versions, *(f"{content(file)} {file}" for file in files)])
+
+            if compiled.exists() and read.exists() and note.exists() and note.read_text() == made_of():
+                return False
+            said = run([*command, *headers, "-MMD", "-MF", str(read), "-c", "-o", str(made)], lock)
+            note.unlink(missing_ok=True)
+            log.write_text(said)
+            made.replace(compiled)
+            note.write_text(made_of())  # last: without it an object is none
+            return True
 
         with (OBJECTS / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two installations write the same objects
-            compiled = list(pool.map(lambda pair: compile_one(*pair), flags))
-            run([NVCC, "-shared", "-cudart=static", *compiled, "-o", str(target)])
-        say(f"built {target} for {' and '.join(f'sm_{arch}' for arch in ARCHS)} with {NVCC}")
+            for file in Path("csrc").iterdir():
+                content(str(file))
+            compiled = sum(pool.map(lambda name: compile_one(name, *objects[name]), objects))
+            linked = [str(OBJECTS / f"{name}.o") for name in objects]
+            run([NVCC, "-shared", "-cudart=static", *linked, "-o", str(target)], lock)
+        architectures = " and ".join(f"sm_{arch}" for arch in ARCHS)
+        say(f"built {target} for {architectures} with {NVCC}, which compiled {compiled} of {len(objects)} objects")
 
 
-def run(command):
-    """Return what the command prints; say what of it is no account of registers."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(command, lock):
+    """Return what the command prints; say what of it is no account of registers.
+
+    It holds the lock, too: where this process is killed, nvcc goes on writing.
+    """
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pass_fds=[lock.fileno()])
     # ptxas names each function in a line of its own, and continues the account in the next.
     said = [line for line in done.stdout.splitlines() if not re.match(r"ptxas info|\s+\d+ bytes (stack|gmem)", line)]
     if said or done.returncode:
