@@ -34,6 +34,7 @@ def layouts(draw, tensor):
     return around[:, skip : skip + tokens, :channels].copy_(tensor)
 
 
+SIDES = st.one_of(st.integers(2, 3), st.integers(2, 8))  # of a window
 BATCHES, WIDTHS, PREFIXES = st.integers(0, 3), st.integers(1, 20).map(lambda n: 8 * n), st.integers(0, 5)
 APPROXIMATE = st.sampled_from(["none", "tanh"])
 
@@ -59,8 +60,8 @@ def check_anywhere(data, case):
 def test_patch_merge_anywhere(data):
     layout = data.draw(st.sampled_from(["raster", "block"]))
     pad = layout == "raster" and data.draw(st.booleans())
-    ratio = data.draw(st.integers(2, 4))
-    side = st.integers(1, 9) if pad else st.integers(1, 3).map(lambda n: ratio * n)
+    ratio = data.draw(SIDES)
+    side = st.integers(1, 9) if pad else st.integers(1, 9 // ratio).map(lambda n: ratio * n)
     residual, prefix = data.draw(st.sampled_from(["mean", "channel_group", "none"])), data.draw(PREFIXES)
     sizes = {"batch": data.draw(BATCHES), "channels": data.draw(WIDTHS), "hidden": data.draw(WIDTHS)}
     options = {"layout": layout, "pad": pad, "ratio": ratio, "residual": residual, "prefix_tokens": prefix}
@@ -71,8 +72,8 @@ def test_patch_merge_anywhere(data):
 @given(st.data())
 def test_strided_convolutions_anywhere(data):
     sizes = {"batch": data.draw(BATCHES), "channels": data.draw(WIDTHS), "out": data.draw(WIDTHS)}
-    layout, size = data.draw(st.sampled_from(["raster", "block"])), data.draw(st.integers(1, 4))
-    side = st.integers(1, 9) if layout == "raster" else st.integers(1, 4).map(lambda n: size * n)
+    layout, size = data.draw(st.sampled_from(["raster", "block"])), data.draw(st.just(1) | SIDES)
+    side = st.integers(1, 9) if layout == "raster" else st.integers(1, max(1, 9 // size)).map(lambda n: size * n)
     options = {"kernel_size": size, "pad": True, "prefix_tokens": data.draw(PREFIXES), "layout": layout}
     op = data.draw(st.sampled_from(["strided_conv", "strided_conv_gelu"]))
     if op == "strided_conv_gelu":
