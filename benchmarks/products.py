@@ -6,6 +6,7 @@ nothing and also runs small shapes, on the emulated GPU where there is no other.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 from dataclasses import dataclass
@@ -101,19 +102,24 @@ class Problem:
             return self.windows @ self.weight.t()
         return gradient @ self.weight if self.shape.product == "input_gradient" else gradient.t() @ self.windows
 
+    @functools.cached_property
+    def truth(self) -> tuple[torch.Tensor, float]:
+        """The product in float64, and how far torch's is from it."""
+        windows, weight, gradient = (t.double() for t in (self.windows, self.weight, self.gradient.flatten(0, 1)))
+        if self.shape.product == "forward":
+            exact = windows @ weight.t()
+        else:
+            exact = gradient @ weight if self.shape.product == "input_gradient" else gradient.t() @ windows
+        return exact, (self.bare().double() - exact).norm().item()
+
     def is_right(self) -> bool:
         """Whether what was launched last is no further from float64 than a product of torch's, twice."""
-        wide = [t.double() for t in (self.windows, self.weight, self.gradient.flatten(0, 1))]
-        windows, weight, gradient = wide
-        exact = {"forward": lambda: windows @ weight.t(), "input_gradient": lambda: gradient @ weight}
-        truth = exact.get(self.shape.product, lambda: gradient.t() @ windows)()
+        exact, allowed = self.truth
+        found = self.out
         if self.shape.product == "input_gradient":
             s, cells = self.shape, self.shape.grid // self.shape.side
-            found = self.out.view(s.batch, cells, s.side, cells, s.side, s.channels).transpose(2, 3).reshape(s.rows, s.depth)
-        else:
-            found = self.out.view(truth.shape)
-        error, allowed = ((t.double() - truth).norm().item() for t in (found, self.bare()))
-        return error <= 2 * allowed
+            found = found.view(s.batch, cells, s.side, cells, s.side, s.channels).transpose(2, 3)
+        return (found.reshape(exact.shape).double() - exact).norm().item() <= 2 * allowed
 
 
 def plans(problem: Problem) -> list[tuple[str, int]]:

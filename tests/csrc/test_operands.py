@@ -13,7 +13,7 @@ from tests.csrc.emulator import build
 from tests.csrc.problems import HOPPER, RESIDUALS, tiles_of
 
 pytestmark = [pytest.mark.skipif(build.GCC is None, reason="needs g++ to build the host logic")]
-CASES = 1000
+MANY = settings(max_examples=1000, report_multiple_bugs=False)
 CHANNELS = st.integers(1, 20).map(lambda n: 8 * n)
 GAPS = st.sampled_from([0, 0, 8, 24])
 CHUNKS = 24  # at most, of 64 channels along a row
@@ -225,19 +225,19 @@ def check(cuda, case, data):
     assert (count == 1).all()
 
 
-@settings(max_examples=CASES)
+@MANY
 @given(forwards(), st.data())
 def test_forward(cuda, case, data):
     check(cuda, case, data)
 
 
-@settings(max_examples=CASES)
+@MANY
 @given(input_gradients(), st.data())
 def test_input_gradient(cuda, case, data):
     check(cuda, case, data)
 
 
-@settings(max_examples=CASES)
+@MANY
 @given(weight_gradients(), st.data())
 def test_weight_gradient(cuda, case, data):
     check(cuda, case, data)
@@ -256,7 +256,8 @@ FAR = st.one_of(st.just(0), st.integers(0, 2**20), st.integers(0, 2**44), st.int
 def vast(draw, side=None, sources=1, channels=None, batch=None):
     """Arguments of Tokens of any size that a 32-bit number has."""
     batch = batch or draw(st.one_of(st.just(1), SIZES))
-    height, width, channels = draw(SIZES), draw(SIZES), channels or draw(UNITS)
+    grid = draw(st.sampled_from([SIZES, st.integers(1, 9)]))
+    height, width, channels = draw(grid), draw(grid), channels or draw(UNITS)
     stride_t = channels + draw(FAR)
     stride_b = min(height * width * stride_t + draw(FAR), 2**60)
     return {
@@ -307,7 +308,7 @@ def is_taken_by_the_driver(tensor_map):
     )
 
 
-@settings(max_examples=CASES)
+@MANY
 @given(vast_problems(), st.sampled_from(sorted(HOPPER)))
 def test_sizes_beyond_32_bits_are_refused_and_all_others_counted_right(cuda, problem, tile):
     product, arguments = problem
