@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -63,11 +65,21 @@ const char* ampere(const Problem&, const Launch&) { return "not built for this G
 
 #ifdef LACO_HOPPER
 constexpr bool HAS_HOPPER = true;
+// Asked for once a device, which is the current one.
+Machine machine_of(int device, int multiprocessors) {
+  static std::mutex mutex;
+  static std::map<int, Machine> known;
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end() && found->second.multiprocessors == multiprocessors) return found->second;
+  return known[device] = {multiprocessors, clusters_at_once(2), clusters_at_once(4)};
+}
 const char* hopper(const GemmTile& tile, const Forward& q, const Launch& how) { return tile.forward(q, how); }
 const char* hopper(const GemmTile& tile, const InputGradient& q, const Launch& how) { return tile.input_gradient(q, how); }
 const char* hopper(const GemmTile& tile, const WeightGradient& q, const Launch& how) { return tile.weight_gradient(q, how); }
 #else
 constexpr bool HAS_HOPPER = false;
+Machine machine_of(int, int multiprocessors) { return {multiprocessors, 0, 0}; }
 template <class Problem>
 const char* hopper(const GemmTile&, const Problem&, const Launch&) { return "not built for this GPU's architecture"; }
 #endif
@@ -94,7 +106,7 @@ const char* run(const Problem& q, const std::string& tile, int splits, bool depe
   Launch how{reinterpret_cast<cudaStream_t>(stream), 1, dependent && major >= 9};
   if (tile == "ampere" || (tile.empty() && (major != 9 || !HAS_HOPPER))) return ampere(q, how);
   if (major != 9) return "this tile needs a GPU of compute capability 9.0";
-  const Plan chosen = plan(q, multiprocessors);
+  const Plan chosen = plan(q, machine_of(device, multiprocessors));
   const GemmTile* wanted = tile.empty() ? chosen.tile : find_tile(tile);
   if (wanted == nullptr) return "no tile of that name";
   how.splits = splits ? splits : tile.empty() ? chosen.splits : 1;
@@ -178,9 +190,12 @@ void define(py::module_& module, const std::string& name, const char* what, Prob
       what, py::kw_only(), names..., "tile"_a = "", "splits"_a = 0, "dependent"_a = false, "device"_a = 0, "stream"_a = 0);
   module.def(
       (name + "_plan").c_str(),
-      [make](Values... values, int multiprocessors) { return to_dict(plan(make(values...), multiprocessors)); },
-      "The tile, the blocks that share its depth, tiles and waves that it is launched with.", py::kw_only(), names...,
-      "multiprocessors"_a);
+      [make](Values... values, int multiprocessors, int pairs, int quads) {
+        return to_dict(plan(make(values...), Machine{multiprocessors, pairs, quads}));
+      },
+      "The tile, the blocks that share its depth, tiles and waves that it is launched with on such a GPU, on which so many "
+      "clusters of two and of four blocks run at once.",
+      py::kw_only(), names..., "multiprocessors"_a, "pairs"_a, "quads"_a);
   module.def(
       (name + "_operands").c_str(),
       [make](Values... values, const std::string& tile, int splits) { return operands(make(values...), tile, splits); },

@@ -55,16 +55,41 @@ inline const char* encode(GemmParams& p, Element element, const Description& d) 
   return nullptr;
 }
 
+inline cudaLaunchAttribute cluster_of(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(blocks), 1, 1};
+  return attribute;
+}
+
+template <class K>
+cudaError_t allow_shared_memory() {
+  return cudaFuncSetAttribute(hopper_gemm_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::T::SHARED_BYTES);
+}
+
+// Clusters of so many blocks that run at once, or 0.
+template <class K>
+int clusters_of(int blocks) {
+  cudaLaunchAttribute attribute = cluster_of(blocks);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(K::T::THREADS), config.dynamicSmemBytes = K::T::SHARED_BYTES;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int found = 0;
+  if (allow_shared_memory<K>() != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&found, hopper_gemm_kernel<K>, &config) != cudaSuccess) {
+    cudaGetLastError();  // a plan without clusters is a plan
+    return 0;
+  }
+  return found;
+}
+
 template <class K>
 const char* launch_kernel(const GemmParams& p, const Launch& how) {
   using T = typename K::T;
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const auto kernel = hopper_gemm_kernel<K>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES) != cudaSuccess) {
-    return cudaGetErrorString(cudaGetLastError());
-  }
+  if (allow_shared_memory<K>() != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
   const int64_t tiles = int64_t((p.m + T::BM - 1) / T::BM) * ((p.columns + T::BN - 1) / T::BN);
   if (tiles * p.splits >= int64_t(1) << 31) return "too many tiles";
   cudaLaunchAttribute attributes[2];
@@ -79,11 +104,8 @@ const char* launch_kernel(const GemmParams& p, const Launch& how) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (K::SPLIT) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {unsigned(p.splits), 1, 1};
-  }
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
+  if (K::SPLIT) attributes[config.numAttrs++] = cluster_of(p.splits);
+  const cudaError_t error = cudaLaunchKernelEx(&config, hopper_gemm_kernel<K>, p);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -62,6 +62,18 @@ LaunchForward forward_ampere;
 LaunchInputGradient input_gradient_ampere;
 LaunchWeightGradient weight_gradient_ampere;
 
+// What of a GPU a plan depends on. The blocks of a cluster lie in one part of it, and parts differ: of an H100's 132 multiprocessors
+// clusters of four leave eight idle, or four.
+struct Machine {
+  int multiprocessors;
+  int pairs, quads;  // clusters of two and of four blocks that run at once
+
+  int at_once(int splits) const { return splits == 1 ? multiprocessors : splits == 2 ? pairs : quads; }
+};
+
+// Of the current device, with the shared memory that tiles take; 0 where it cannot be told. Of Hopper's kernels.
+[[gnu::weak]] int clusters_at_once(int blocks);
+
 struct Plan {
   const GemmTile* tile;
   int splits;
@@ -71,15 +83,16 @@ struct Plan {
 
 // For a result of m rows and `columns`, made in `steps` steps along the depth. The plan that needs the least time: a last wave
 // that is not full takes as long as a full one, and where tiles are few, blocks share their depth.
-inline Plan plan(Product product, int64_t m, int64_t columns, int64_t steps, int multiprocessors) {
+inline Plan plan(Product product, int64_t m, int64_t columns, int64_t steps, const Machine& machine) {
   constexpr double REDUCTION = 3;  // microseconds, estimated: blocks of a cluster add up what they have
   Plan best{};
   for (const GemmTile& tile : TILES) {
     if (product != Product::forward && !tile.makes_gradients()) continue;
     const int64_t tiles = ((m + tile.bm - 1) / tile.bm) * ((columns + tile.bn - 1) / tile.bn);
     for (int splits = 1; splits <= (product != Product::input_gradient && tile.splits ? 4 : 1); splits *= 2) {
-      if (splits > 1 && (tiles * splits > multiprocessors || steps < 4 * splits)) break;
-      const int64_t waves = (tiles * splits + multiprocessors - 1) / multiprocessors;
+      const int64_t at_once = machine.at_once(splits);
+      if (splits > 1 && (tiles > at_once || steps < 4 * splits)) break;
+      const int64_t waves = (tiles + at_once - 1) / at_once;
       const double time = waves * tile.wave * ((steps + splits - 1) / splits) / STEP + (splits > 1 ? REDUCTION : 0);
       if (!best.tile || time < best.microseconds) best = {&tile, splits, tiles, waves, time};
     }
@@ -97,14 +110,14 @@ inline int64_t columns_of(const Forward& q) { return q.n; }
 inline int64_t columns_of(const InputGradient& q) { return COLUMNS * chunks_of(int64_t(q.side) * q.side, q.channels); }
 inline int64_t columns_of(const WeightGradient& q) { return COLUMNS * chunks_of(q.x.num_sources * q.x.taps(), q.x.channels); }
 
-inline Plan plan(const Forward& q, int multiprocessors) {
-  return plan(Product::forward, q.x.rows(), columns_of(q), steps_of(q), multiprocessors);
+inline Plan plan(const Forward& q, const Machine& machine) {
+  return plan(Product::forward, q.x.rows(), columns_of(q), steps_of(q), machine);
 }
-inline Plan plan(const InputGradient& q, int multiprocessors) {
-  return plan(Product::input_gradient, q.gradient.rows(), columns_of(q), steps_of(q), multiprocessors);
+inline Plan plan(const InputGradient& q, const Machine& machine) {
+  return plan(Product::input_gradient, q.gradient.rows(), columns_of(q), steps_of(q), machine);
 }
-inline Plan plan(const WeightGradient& q, int multiprocessors) {
-  return plan(Product::weight_gradient, q.gradient.channels, columns_of(q), steps_of(q), multiprocessors);
+inline Plan plan(const WeightGradient& q, const Machine& machine) {
+  return plan(Product::weight_gradient, q.gradient.channels, columns_of(q), steps_of(q), machine);
 }
 
 // What of a problem a tile cannot do, or null.

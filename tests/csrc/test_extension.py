@@ -228,7 +228,7 @@ def test_without_a_gpu_it_says_so(extension, product):
         assert "CUDA" in getattr(extension, product)(**problem(extension, product, {}))
 
 
-def plan(extension, product, m, columns, steps, multiprocessors=132):
+def plan(extension, product, m, columns, steps, multiprocessors=132, pairs=66, quads=32):
     """Of a product whose result has m rows and so many columns, and whose depth is ``steps`` times 64."""
     rows = {"sources": [64], "height": 1, "side": 1}
     if product == "weight_gradient":
@@ -238,7 +238,7 @@ def plan(extension, product, m, columns, steps, multiprocessors=132):
     sizes = {"batch": 1, "width": width, "stride_b": 64}
     x = extension.Tokens(**rows, **sizes, stride_t=channels, channels=channels)
     gradient = extension.Tokens(**rows, **sizes, stride_t=n, channels=n)
-    options = {"element": 0, "out": 64, "multiprocessors": multiprocessors}
+    options = {"element": 0, "out": 64, "multiprocessors": multiprocessors, "pairs": pairs, "quads": quads}
     if product == "forward":
         return extension.forward_plan(x=x, weight=64, n=n, **options)
     if product == "input_gradient":
@@ -267,6 +267,7 @@ def test_where_tiles_are_few_blocks_share_their_depth(extension):
     assert alone["splits"] == 1
     assert shared["microseconds"] < alone["microseconds"]
     assert plan(extension, "forward", 144, 4096, 7)["splits"] == 1  # too short a depth
+    assert plan(extension, "forward", 144, 4096, 64, quads=31)["splits"] == 1  # 32 clusters would come in two waves
     few = plan(extension, "forward", 64, 4096, 144)  # a window of three tokens each way, one image
     assert (few["tile"], few["splits"]) == ("64x128", 4)
 
@@ -275,14 +276,20 @@ SIZES = st.integers(1, 640).map(lambda n: 8 * n)
 
 
 @given(
-    st.sampled_from(["forward", "input_gradient", "weight_gradient"]), SIZES, SIZES, st.integers(1, 400), st.integers(1, 140)
+    st.sampled_from(["forward", "input_gradient", "weight_gradient"]),
+    SIZES,
+    SIZES,
+    st.integers(1, 400),
+    st.integers(1, 140),
+    st.data(),
 )
-def test_plans_are_consistent(extension, product, m, columns, steps, multiprocessors):
-    found = plan(extension, product, m, columns, steps, multiprocessors)
+def test_plans_are_consistent(extension, product, m, columns, steps, multiprocessors, data):
+    at_once = {n: data.draw(st.integers(0, multiprocessors // n)) for n in (2, 4)}
+    found = plan(extension, product, m, columns, steps, multiprocessors, *at_once.values())
     assert found["tile"] in tiles_of(product)
     bm, bn, shares = HOPPER[found["tile"]]
     assert found["tiles"] == -(-m // bm) * -(-columns // bn)
-    assert found["waves"] == -(-found["tiles"] * found["splits"] // multiprocessors)
+    assert found["waves"] == -(-found["tiles"] // (at_once | {1: multiprocessors})[found["splits"]])
     if found["splits"] > 1:
         assert product != "input_gradient"
         assert shares

@@ -189,7 +189,8 @@ def check(cuda, case, data):
     multiprocessors = data.draw(st.integers(1, 8))
     tile, splits = data.draw(st.sampled_from([None, *tiles_of(case.product)[:-1]])), 1
     if tile is None:
-        plan = getattr(cuda, f"{case.product}_plan")(**arguments, multiprocessors=multiprocessors)
+        machine = {"multiprocessors": multiprocessors, "pairs": multiprocessors // 2, "quads": multiprocessors // 4}
+        plan = getattr(cuda, f"{case.product}_plan")(**arguments, **machine)
         tile, splits = plan["tile"], plan["splits"]
     told = getattr(cuda, f"{case.product}_operands")(**arguments, tile=tile, splits=splits)
     bm, bn, shares = HOPPER[tile]

@@ -106,6 +106,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  if (config->numAttrs != 1 || config->attrs->id != cudaLaunchAttributeClusterDimension || !allowed_shared().count(kernel))
+    return error(cudaErrorInvalidValue);
+  *clusters = emulator::settings.multiprocessors / int(config->attrs->val.clusterDim.x);
+  return cudaSuccess;
+}
+
 namespace emulator {
 namespace {
 

@@ -68,6 +68,14 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+// As if any multiprocessors could hold a cluster.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t*);
+
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...), const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
+}
+
 namespace emulator {
 cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel, const std::function<void()>& call);
 }
