@@ -33,6 +33,8 @@ def packed_linear(
 
     Returns:
         ``[..., F_1 + F_2 + ...]``, under autocast in its dtype; ``y.split([F_1, F_2, ...], dim=-1)`` are the layers' outputs.
+        ``y`` may be written in place under gradients, as a linear layer's output; where it is not used besides, so may each
+        output that ``y.unsafe_split_with_sizes`` makes, which ``split``, as everywhere in torch, does not allow.
 
     Raises:
         TypeError: integer or complex tensors, mixed dtypes outside autocast.
@@ -165,7 +167,13 @@ def _check_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequ
 
 def _forward(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     bias = pack(biases).to(dtype) if biases else None
-    return F.linear(x.to(dtype), pack(weights).to(dtype), bias)
+    return _product(x.to(dtype), pack(weights).to(dtype), bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Apply one layer. The output is no view to autograd, which would refuse that one of ours is written in place."""
+    y = F.linear(x, weight, bias)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _forward_fake(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -228,7 +236,7 @@ class _Direct(torch.autograd.Function):
         ctx.sizes, ctx.addresses = [part.shape[0] for part in parts[:n]], [part.data_ptr() for part in parts[:n]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *parts[:n])
-        return F.linear(x, whole, whole_bias)
+        return _product(x, whole, whole_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
