@@ -45,6 +45,7 @@ def packed_linear(
     tensors = {"x": x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)}}
     tensors |= {f"biases[{i}]": bias for i, bias in enumerate(biases or ())}
     checks.check_alike(tensors)
+    library.know_sharding()
     library.refuse_forward_mode("packed_linear", tensors.values())
     return torch.ops.laco.packed_linear(x, list(weights), list(biases or ()), checks.autocast_dtype(x))
 
