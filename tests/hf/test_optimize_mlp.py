@@ -208,6 +208,18 @@ def test_an_input_that_a_hook_has_written_to_is_kept_as_it_is(family, blocks):
 
 
 @families
+def test_a_hook_may_change_the_output_in_place(family, blocks):
+    model, x = made(family), pixels()
+    twin = copy.deepcopy(model)
+    lk.hf.optimize(model, impl="reference")
+    layers = next(module for module in twin.modules() if isinstance(module, nn.ModuleList))
+    for mlp in (blocks_of(model)[1], layers[1].mlp):
+        mlp.register_forward_hook(lambda _m, _a, y: y.mul_(3))
+    assert_close(outcome(model, x), outcome(twin, x))
+    assert len(blocks) == 4
+
+
+@families
 def test_patched_activations_are_respected(family, blocks, monkeypatch):
     model, x = made(family), pixels()
     lk.hf.optimize(model, impl="reference")

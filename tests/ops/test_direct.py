@@ -166,6 +166,18 @@ def test_a_saved_tensor_that_was_written_to_is_refused(case):
 
 
 @every_case
+@pytest.mark.parametrize("call", [direct, public])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_last_output_may_be_written_in_place(case, call, impl):
+    tensors = make(case)
+    *_, expected = call(case, *tensors, impl=impl)
+    wanted = torch.autograd.grad(expected, tensors, 2 * torch.ones_like(expected), retain_graph=True)
+    *_, y = call(case, *tensors, impl=impl)
+    assert same([y.mul_(2)], [2 * expected])
+    assert same(torch.autograd.grad(y, tensors, torch.ones_like(y)), wanted)
+
+
+@every_case
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(case, reentrant):
     tensors = make(case)
