@@ -53,6 +53,16 @@ def test_weights_are_read_as_one_until_they_move():
         assert not any(are_together(twin))
 
 
+@families
+def test_second_derivatives_are_refused(family):
+    model, x = made(family), pixels()
+    lk.hf.optimize(model, impl="reference")
+    parameters = list(model.encoder.parameters())
+    first = torch.autograd.grad(model(x).last_hidden_state.square().sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="got a second derivative, expected first derivatives only"):
+        sum(g.sum() for g in first).backward()
+
+
 def test_savers_find_every_weight(tmp_path):
     accelerate, safetensors = pytest.importorskip("accelerate"), pytest.importorskip("safetensors.torch")
     model = made("siglip").float()

@@ -220,6 +220,29 @@ def test_a_hook_may_change_the_output_in_place(family, blocks):
 
 
 @families
+def test_a_norm_that_is_edited_before_the_backward_pass(family):
+    """It runs again there: an edit that autograd cannot see reaches one gradient more, as ``optimize`` says."""
+    results = []
+    for optimised in (False, True):
+        model, x = made(family), pixels()
+        if optimised:
+            lk.hf.optimize(model, impl="reference")
+        layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[1]
+        norm = layer.layernorm_after if family == "internvl" else layer.layer_norm2
+        y = model(x).last_hidden_state
+        norm.weight.data.mul_(2)
+        y.square().sum().backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        y = model(x).last_hidden_state
+        with torch.no_grad():
+            norm.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    changed = [name for name, grad in results[0].items() if not torch.allclose(grad, results[1][name], rtol=1e-8, atol=1e-8)]
+    assert [name.partition("encoder.layer")[2].lstrip("s") for name in changed] == [".1.mlp.fc1.weight"]
+
+
+@families
 def test_patched_activations_are_respected(family, blocks, monkeypatch):
     model, x = made(family), pixels()
     lk.hf.optimize(model, impl="reference")
