@@ -63,6 +63,27 @@ def test_second_derivatives_are_refused(family):
         sum(g.sum() for g in first).backward()
 
 
+@families
+def test_quantised_layers_stay_quantised(family):
+    """Behind ``optimize`` those that share a product would be missed, as README says."""
+    dynamic = torch.ao.nn.quantized.dynamic.Linear
+    counts = []
+    for optimised_first in (False, True):
+        model = made(family).float()
+        if optimised_first:
+            lk.hf.optimize(model, impl="reference")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch gives it up for torchao
+            model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        counts.append(sum(isinstance(module, dynamic) for module in model.modules()))
+        if not optimised_first:
+            lk.hf.optimize(model, impl="reference")
+            assert features(model, pixels().float()).isfinite().all()
+            assert not packs_of(model)
+            assert counts == [sum(isinstance(module, dynamic) for module in model.modules())]
+    assert counts[1] == counts[0] - sum(len(pack.members) for pack in packs_of(model))
+
+
 def test_savers_find_every_weight(tmp_path):
     accelerate, safetensors = pytest.importorskip("accelerate"), pytest.importorskip("safetensors.torch")
     model = made("siglip").float()

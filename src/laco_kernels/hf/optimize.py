@@ -97,7 +97,9 @@ def optimize(
 
     Args:
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
-            compressed. Optimise before wrapping it in DDP or sharding it by FSDP2.
+            compressed. Optimise before wrapping it in DDP or sharding it by FSDP2, and after quantising it by
+            ``torch.ao.quantization.quantize_dynamic``, which takes layers by their very class: those that share a product
+            here have one of their own, and stay as they are, without a word.
         fuse: residual sum, LayerScale and norm in one pass, also that at a layer's end with the next layer's norm; RMSNorm in
             one pass; queries, keys and values as one product, also SwiGLU's two; SwiGLU's and CLIP's activation in one pass;
             the patch embedding as one product, which in a compressed encoder makes the tokens window by window; without
