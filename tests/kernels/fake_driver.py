@@ -60,17 +60,20 @@ def main():
     JITFunction.run = lambda self, *args, **kwargs: LOOKUPS.append(self) or run(self, *args, **kwargs)
     from laco_kernels.ops.activation import run_activate, run_gated_silu
     from laco_kernels.ops.add_norm import run_add_norm
+    from laco_kernels.ops.gelu_mlp import run_gelu_mlp
     from laco_kernels.ops.packed_linear import run_packed_linear
 
     x, delta, h = torch.zeros(2, 3, 64), torch.zeros(2, 3, 64), torch.zeros(2, 3, 128)
     weight, bias, scale = (torch.zeros(64) for _ in range(3))
     rows = [torch.zeros(64, 64) for _ in range(2)]
     whole = torch.zeros(128, 64)
+    block = [torch.zeros(shape) for shape in ((128, 64), (128,), (64, 128), (64,))]
     operators = {  # and the most functions that forward without gradients, and forward with backward, may enter
         "add_norm": (lambda *t: run_add_norm(*t, "layer", 1e-6, "triton")[1], (x, delta, weight, bias, scale), (45, 130)),
         "rms_norm": (lambda x, w: run_add_norm(x, None, w, None, None, "rms", 1e-6, "triton")[1], (x, weight), (45, 130)),
         "gated_silu": (lambda h: run_gated_silu(h, "triton"), (h,), (45, 110)),
         "activate": (lambda x: run_activate(x, "gelu", "triton"), (x,), (45, 110)),
+        "gelu_mlp": (lambda *t: run_gelu_mlp(*t, "none", "composite"), (x, *block), (45, 150)),
         "packed_linear": (lambda x, *w: run_packed_linear(x, whole, None, w, []), (x, *rows), (20, 65)),
     }
     for name, (call, tensors, bounds) in operators.items():
