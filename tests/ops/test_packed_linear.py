@@ -64,8 +64,11 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("write", IN_PLACE.values(), ids=IN_PLACE)
-@pytest.mark.parametrize("call", [lk.packed_linear, by_whole], ids=["public", "inside an encoder"])
+@pytest.mark.parametrize(
+    ("call", "write"),
+    [*[(lk.packed_linear, write) for write in IN_PLACE.values()], (by_whole, IN_PLACE["each layer's"])],
+    ids=[*IN_PLACE, "inside an encoder"],
+)
 @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_outputs_may_be_written_in_place(biased, shape, call, write):

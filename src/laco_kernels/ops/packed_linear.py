@@ -59,12 +59,12 @@ def run_packed_linear(
 ) -> torch.Tensor:
     """:func:`packed_linear` inside an encoder, which keeps :func:`pack` of ``weights`` and ``biases``, detached.
 
-    Without the dispatcher where nothing else looks.
+    Without the dispatcher where nothing else looks. The output may be a view to autograd, parts by ``unsafe_split`` are none.
     """
     if not library.is_direct(x, whole, whole_bias) or x.shape[-1:] != whole.shape[1:]:
         return packed_linear(x, weights, biases)
     if library.needs_saving((x, *weights, *biases)):
-        return _Direct.apply(x, whole, whole_bias, len(weights), *weights, *biases)
+        return _differentiable(x, whole, whole_bias, len(weights), *weights, *biases)
     return F.linear(x, whole, whole_bias)
 
 
@@ -169,12 +169,8 @@ def _check_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequ
 
 def _forward(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     bias = pack(biases).to(dtype) if biases else None
-    return _product(x.to(dtype), pack(weights).to(dtype), bias)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Apply one layer. The output is no view to autograd, which would refuse that one of ours is written in place."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x.to(dtype), pack(weights).to(dtype), bias)
+    # No view to autograd, which would refuse that an output of ours is written in place.
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
@@ -241,7 +237,7 @@ class _Direct(torch.autograd.Function):
         ctx.sizes, ctx.addresses = [part.shape[0] for part in parts[:n]], [part.data_ptr() for part in parts[:n]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[4 : 4 + n]) else None, *parts[:n])
-        return _product(x, whole, whole_bias)
+        return F.linear(x, whole, whole_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
@@ -262,6 +258,7 @@ class _Direct(torch.autograd.Function):
         return dx, None, None, None, *[part if need else None for part, need in zip(parts, others, strict=True)]
 
 
+_differentiable = library.plain_apply(_Direct)
 library.define(
     "packed_linear(Tensor x, Tensor[] weights, Tensor[] biases, ScalarType dtype) -> Tensor",
     _forward,
