@@ -53,6 +53,37 @@ def test_weights_are_read_as_one_until_they_move():
         assert not any(are_together(twin))
 
 
+@families
+def test_second_derivatives_are_refused(family):
+    model, x = made(family), pixels()
+    lk.hf.optimize(model, impl="reference")
+    parameters = list(model.encoder.parameters())
+    first = torch.autograd.grad(model(x).last_hidden_state.square().sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="got a second derivative, expected first derivatives only"):
+        sum(g.sum() for g in first).backward()
+
+
+@families
+def test_quantised_layers_stay_quantised(family):
+    """Behind ``optimize`` those that share a product would be missed, as README says."""
+    dynamic = torch.ao.nn.quantized.dynamic.Linear
+    counts = []
+    for optimised_first in (False, True):
+        model = made(family).float()
+        if optimised_first:
+            lk.hf.optimize(model, impl="reference")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch gives it up for torchao
+            model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+        counts.append(sum(isinstance(module, dynamic) for module in model.modules()))
+        if not optimised_first:
+            lk.hf.optimize(model, impl="reference")
+            assert features(model, pixels().float()).isfinite().all()
+            assert not packs_of(model)
+            assert counts == [sum(isinstance(module, dynamic) for module in model.modules())]
+    assert counts[1] == counts[0] - sum(len(pack.members) for pack in packs_of(model))
+
+
 def test_savers_find_every_weight(tmp_path):
     accelerate, safetensors = pytest.importorskip("accelerate"), pytest.importorskip("safetensors.torch")
     model = made("siglip").float()

@@ -53,6 +53,30 @@ def calls_of(function):
     return len(seen) - 1
 
 
+# The most functions that an optimised layer of an encoder may enter more than a stock one, without gradients and with.
+LAYERS = {"aimv2": (155, 190), "siglip": (75, 130), "internvl": (75, 130), "clip": (105, 145)}
+
+
+def check_layers():
+    from laco_kernels import hf
+    from tests.hf.optimised import made
+
+    for family, bounds in LAYERS.items():
+        x, mask = torch.zeros(2, 16, 32), () if family == "internvl" else (None,)
+        for grad, bound in zip((False, True), bounds, strict=True):
+            counts = []
+            for optimised in (False, True):
+                model = made(family).float()
+                if optimised:
+                    hf.optimize(model, impl="triton")
+                layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[1]
+                with torch.set_grad_enabled(grad):
+                    layer(x, *mask)
+                    counts.append(calls_of(lambda layer=layer, x=x, mask=mask: layer(x, *mask)))
+            print(family, "with gradients" if grad else "without", *counts)
+            assert counts[1] - counts[0] <= bound, f"{family} enters {counts} functions in Python, {bound} more at most"
+
+
 def main():
     driver.set_active(Driver())
     select.unavailable = lambda *_: None
@@ -60,18 +84,21 @@ def main():
     JITFunction.run = lambda self, *args, **kwargs: LOOKUPS.append(self) or run(self, *args, **kwargs)
     from laco_kernels.ops.activation import run_activate, run_gated_silu
     from laco_kernels.ops.add_norm import run_add_norm
+    from laco_kernels.ops.gelu_mlp import run_gelu_mlp
     from laco_kernels.ops.packed_linear import run_packed_linear
 
     x, delta, h = torch.zeros(2, 3, 64), torch.zeros(2, 3, 64), torch.zeros(2, 3, 128)
     weight, bias, scale = (torch.zeros(64) for _ in range(3))
     rows = [torch.zeros(64, 64) for _ in range(2)]
     whole = torch.zeros(128, 64)
+    block = [torch.zeros(shape) for shape in ((128, 64), (128,), (64, 128), (64,))]
     operators = {  # and the most functions that forward without gradients, and forward with backward, may enter
-        "add_norm": (lambda *t: run_add_norm(*t, "layer", 1e-6, "triton")[1], (x, delta, weight, bias, scale), (45, 130)),
-        "rms_norm": (lambda x, w: run_add_norm(x, None, w, None, None, "rms", 1e-6, "triton")[1], (x, weight), (45, 130)),
-        "gated_silu": (lambda h: run_gated_silu(h, "triton"), (h,), (45, 110)),
-        "activate": (lambda x: run_activate(x, "gelu", "triton"), (x,), (45, 110)),
-        "packed_linear": (lambda x, *w: run_packed_linear(x, whole, None, w, []), (x, *rows), (20, 65)),
+        "add_norm": (lambda *t: run_add_norm(*t, "layer", 1e-6, "triton")[1], (x, delta, weight, bias, scale), (40, 95)),
+        "rms_norm": (lambda x, w: run_add_norm(x, None, w, None, None, "rms", 1e-6, "triton")[1], (x, weight), (40, 95)),
+        "gated_silu": (lambda h: run_gated_silu(h, "triton"), (h,), (40, 80)),
+        "activate": (lambda x: run_activate(x, "gelu", "triton"), (x,), (40, 80)),
+        "gelu_mlp": (lambda *t: run_gelu_mlp(*t, "none", "composite"), (x, *block), (38, 115)),
+        "packed_linear": (lambda x, *w: run_packed_linear(x, whole, None, w, []), (x, *rows), (18, 45)),
     }
     for name, (call, tensors, bounds) in operators.items():
         leaves = [t.requires_grad_() for t in tensors]
@@ -106,6 +133,7 @@ def main():
         LOOKUPS.clear()
         run_activate(x, "quick_gelu", "triton")
         assert len(LOOKUPS) == 1
+    check_layers()
     print("passed")
 
 

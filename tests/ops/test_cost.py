@@ -76,6 +76,15 @@ def test_a_frozen_encoder_moves_fewer_bytes(frozen):
     assert written == pre + (tokens + 512) + (0 if frozen else tokens + tokens + 2 * 8)
 
 
+def test_a_frozen_feed_forward_block_goes_back_in_two_products_and_one_pass():
+    x = meta(2, 16, 8).requires_grad_()
+    weights, act, tokens = (meta(12, 8), meta(12), meta(8, 12), meta(8)), 2 * 16 * 12, 2 * 16 * 8
+    read, written = counted("composite", lambda: lk.gelu_mlp(x, *weights), backward=True)
+    # the second product; GELU's derivative; the first product, which makes the gradient where it is to be
+    assert read == (tokens + 12 * 8) + (act + act) + (act + 12 * 8)
+    assert written == act + act + tokens
+
+
 def test_a_bias_adds_its_sums_to_the_backward_pass():
     def call(bias):
         x, weight = meta(2, 17, 8), meta(16, 32).requires_grad_()

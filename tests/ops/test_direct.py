@@ -1,17 +1,22 @@
 """What encoders call in place of the public operators: the same in everything that can be seen, without the dispatcher."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from laco_kernels import ops
 from laco_kernels.ops.activation import run_activate, run_gated_silu
 from laco_kernels.ops.add_norm import run_add_norm
 from laco_kernels.ops.gelu_mlp import Norm, run_gelu_mlp
 from laco_kernels.ops.packed_linear import pack, packed_linear, run_packed_linear
+from laco_kernels.reference import gelu
 from laco_kernels.testing_tower import NORM_ARGUMENTS, TowerCase, norm
 
 from .cases import Calls, clones
@@ -160,6 +165,18 @@ def test_a_saved_tensor_that_was_written_to_is_refused(case):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.op != "packed_linear"], ids=str)
+@pytest.mark.parametrize("call", [direct, public])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_last_output_may_be_written_in_place(case, call, impl):
+    tensors = make(case)
+    *_, expected = call(case, *tensors, impl=impl)
+    wanted = torch.autograd.grad(expected, tensors, 2 * torch.ones_like(expected), retain_graph=True)
+    *_, y = call(case, *tensors, impl=impl)
+    assert same([y.mul_(2)], [2 * expected])
+    assert same(torch.autograd.grad(y, tensors, torch.ones_like(y)), wanted)
+
+
 @every_case
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(case, reentrant):
@@ -240,3 +257,63 @@ def test_a_feed_forward_block_makes_its_input_again_from_what_the_norm_keeps(kin
         y.square().sum().backward()
         found.append([t.grad for t in leaves if t.grad is not None])
     assert same(*found)
+
+
+LINEAR = [case for case in CASES if case.op in ("packed_linear", "gelu_mlp")]
+
+
+def by_torch(case, x, *parameters):
+    if case.op == "gelu_mlp":
+        weight1, bias1, weight2, bias2 = parameters
+        return F.linear(gelu(F.linear(x, weight1, bias1), case.options.get("approximate", "none")), weight2, bias2)
+    weights, biases = parameters[:2], parameters[2:] or (None, None)
+    return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1)
+
+
+@pytest.mark.parametrize("call", [direct, public, "compiled"])
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_the_input_is_kept_for_the_gradients_of_weights_alone(case, call):
+    tensors = make(case)
+    weights = (1, 2) if case.op == "packed_linear" else (1,)
+    needed = itertools.product([False, True], repeat=len(tensors))
+    if call == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(public, fullgraph=True, backend="aot_eager", dynamic=False)
+        needed = [[i in (0, also) for i in range(len(tensors))] for also in range(len(tensors))]
+    for needs in needed:
+        ours, theirs = clones(tensors), clones(tensors)
+        for t, u, need in zip(ours, theirs, needs, strict=True):
+            t.requires_grad_(need), u.requires_grad_(need)
+        (y,), saved = saved_by(lambda *t: call(case, *t), *ours)
+        kept = any(t.untyped_storage().data_ptr() == ours[0].untyped_storage().data_ptr() for t in saved)
+        assert kept is any(needs[i] for i in weights), needs
+        if any(needs):
+            y.square().sum().backward()
+            by_torch(case, *theirs).square().sum().backward()
+        for t, u in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(t.grad, u.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["reference", "composite", "triton"])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (0, 3, 6), SHAPE])
+def test_a_feed_forward_block_that_is_frozen_hands_its_gradient_through(shape, impl):
+    tensors = make(TowerCase("gelu_mlp", shape))
+    (expected,) = torch.autograd.grad(ops.gelu_mlp(*tensors, impl=impl).sum(), tensors[:1])
+    x, *frozen = [t.detach() for t in tensors]
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            (dx,) = torch.autograd.grad(ops.gelu_mlp(x.requires_grad_(), *frozen, impl=impl).sum(), x)
+        assert dx.dtype == x.dtype
+        assert dx.shape == x.shape
+        assert low or torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_the_backward_operator_without_the_input(case):
+    x, *frozen = make(case)
+    with Calls() as spy, FlopCounterMode(display=False) as flops:
+        public(case, x, *[t.detach() for t in frozen])[0].sum().backward()
+    ((func, (grad, kept, *others), _),) = spy.of(getattr(torch.ops.laco, f"{case.op}_backward").default)
+    assert kept is None
+    torch.library.opcheck(func, torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (grad, None, *others)))
+    assert flops.get_total_flops() == 2 * 2 * x[..., 0].numel() * sum(t.numel() for t in frozen if t.dim() == 2)

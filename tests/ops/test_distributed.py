@@ -118,12 +118,17 @@ def mlp(x, *weights, grid=None):
     return lk.gelu_mlp(x, *weights)
 
 
+def packed(x, *weights, grid=None):
+    return lk.packed_linear(x, weights[:2], weights[2:])
+
+
 OPERATORS = [
     (mlp, [(5, CHANNELS), (5,), (CHANNELS, 5), (CHANNELS,)]),
     (merge, [(5, 4 * CHANNELS), (5,), (CHANNELS, 5), (CHANNELS,)]),
     (conv, [(5, 4 * CHANNELS), (5,)]),
     (plain_conv, [(5, 4 * CHANNELS), (5,)]),
     (fusion, [(5, 3 * CHANNELS), (5,)]),
+    (packed, [(5, CHANNELS), (4, CHANNELS), (5,), (4,)]),
 ]
 
 

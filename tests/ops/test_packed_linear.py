@@ -52,6 +52,57 @@ def test_it_computes_what_the_layers_do_one_by_one(packed, biased):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def by_whole(x, weights, biases):
+    wholes = [lay_together(group).tensor if group else None for group in (weights, biases)]
+    return run_packed_linear(x, *wholes, weights, biases or [])
+
+
+IN_PLACE = {
+    "the whole": lambda y: (y.relu_(),),
+    "a part of it": lambda y: (y[..., 2:7].mul_(3), y),
+    "each layer's": lambda y: [part.relu_() for part in y.unsafe_split_with_sizes(SIZES, -1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "write"),
+    [*[(lk.packed_linear, write) for write in IN_PLACE.values()], (by_whole, IN_PLACE["each layer's"])],
+    ids=[*IN_PLACE, "inside an encoder"],
+)
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_outputs_may_be_written_in_place(biased, shape, call, write):
+    _, weights, biases = layers(biased=biased)
+    leaves = leaves_of(torch.randn(shape, dtype=torch.float64), weights, biases)
+    results = []
+    for layer in (call, separately):
+        for frozen in (False, True):
+            given = [t.detach() if frozen else t for t in leaves]
+            outputs = write(layer(given[0], given[1:4], given[4:] or None))
+            loss = sum(y.sin().sum() for y in outputs)
+            results.append([*outputs, *([] if frozen else torch.autograd.grad(loss, leaves))])
+    for ours, theirs in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("write", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("inside", [True, False])
+def test_outputs_may_be_written_in_place_under_a_compiler(inside, write):
+    """By compiled code, and by what is called behind it."""
+    leaves = leaves_of(*layers())
+
+    def call(x, *others, layer=lk.packed_linear):
+        y = layer(x, others[:3], others[3:])
+        return write(y) if inside else y
+
+    ours, theirs = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves), call(*leaves, layer=separately)
+    if not inside:
+        ours, theirs = write(ours), write(theirs)
+    found, wanted = (torch.autograd.grad(sum(y.sin().sum() for y in outputs), leaves) for outputs in (ours, theirs))
+    for a, b in zip([*ours, *found], [*theirs, *wanted], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_packed_weights_are_read_where_they_lie():
     _, weights, _ = layers(packed=True)
     assert pack(weights).data_ptr() == weights[0].data_ptr()

@@ -78,16 +78,23 @@ def test_flop_formulas_count_what_the_reference_computes(case, frozen):
     assert counts[0][1] > counts[0][0] * (0.9 if frozen else 1.9)
 
 
-def test_importing_leaves_distributed_tensors_alone():
+@pytest.mark.parametrize(
+    "call",
+    [
+        "lk.patch_merge(torch.randn(1, 4, 2), torch.randn(3, 8), None, torch.randn(2, 3), None, grid=(2, 2))",
+        "lk.packed_linear(torch.randn(1, 4, 2), [torch.randn(3, 2)])",
+    ],
+)
+def test_importing_leaves_distributed_tensors_alone(call):
     from tests.test_import import python
 
-    done = python("""
+    done = python(f"""
 import sys, torch, laco_kernels as lk
-lk.patch_merge(torch.randn(1, 4, 2), torch.randn(3, 8), None, torch.randn(2, 3), None, grid=(2, 2))
+{call}
 assert "torch.distributed.tensor" not in sys.modules
 assert "laco_kernels.ops.sharding" not in sys.modules
 import torch.distributed.tensor
-lk.patch_merge(torch.randn(1, 4, 2), torch.randn(3, 8), None, torch.randn(2, 3), None, grid=(2, 2))
+{call}
 assert "laco_kernels.ops.sharding" in sys.modules
 """)
     assert done.returncode == 0, done.stderr

@@ -106,8 +106,8 @@ class FusedGeluMLP(Fused):
             or not is_plain(activation, type(activation))
         ):
             return None
-        mixed, keeps = is_autocast(x), needs_saving((x, first.weight, first.bias))
-        if has_epilogue and not keeps and first.bias is not None and not mixed:
+        mixed = is_autocast(x)
+        if has_epilogue and not mixed and first.bias is not None and not needs_saving((x, first.weight, first.bias)):
             rows = x.reshape(-1, x.shape[-1])
             # cuBLASLt's epilogue; on what it does not support torch computes the same in two passes.
             made = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)

@@ -113,6 +113,9 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_transformed() -> bool:
     """Return whether ``torch.func`` or forward mode is at work, for which operators of our own have no rules."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and has_transforms()
+
+
+def has_transforms() -> bool:
+    """:func:`is_transformed`, where no compiler is at work, which cannot trace the question."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

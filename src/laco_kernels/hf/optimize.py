@@ -88,9 +88,18 @@ def optimize(
     are all that counts (there CUDA graphs help). Under autocast hooks on the linear layers of attention and feed-forward block
     may see inputs in autocast's dtype, to which these are cast in any case.
 
+    Derivatives are first ones: a backward pass through the graph of another (``create_graph=True``) is refused. A feed-forward
+    block with GELU makes its input again by running the norm before it once more, so that a norm's parameters that are edited
+    through ``.data`` between a forward pass and its backward pass, which autograd cannot see, change the gradient of the next
+    linear layer's weight; edited in place under ``torch.no_grad`` they are refused, as ever. Where ``output_hidden_states`` is
+    asked for under gradients, a layer's end and the next layer's norm stay two passes, as each state has to have its whole
+    gradient.
+
     Args:
         encoder: an ``Aimv2VisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel`` or ``CLIPVisionModel``, stock or
-            compressed. Optimise before wrapping it in DDP or sharding it by FSDP2.
+            compressed. Optimise before wrapping it in DDP or sharding it by FSDP2, and after quantising it by
+            ``torch.ao.quantization.quantize_dynamic``, which takes layers by their very class: those that share a product
+            here have one of their own, and stay as they are, without a word.
         fuse: residual sum, LayerScale and norm in one pass, also that at a layer's end with the next layer's norm; RMSNorm in
             one pass; queries, keys and values as one product, also SwiGLU's two; SwiGLU's and CLIP's activation in one pass;
             the patch embedding as one product, which in a compressed encoder makes the tokens window by window; without

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from laco_kernels.hf.fusing import Fused, is_transformed, know, pays
+from laco_kernels.hf.fusing import Fused, has_transforms, know, pays
 from laco_kernels.ops.checks import is_autocast
 from laco_kernels.ops.packed_linear import lay_together, run_packed_linear
 
@@ -102,8 +102,7 @@ class Pack:
     def product(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return what the layers make of ``x`` side by side, or ``None`` where each has to compute by itself."""
         # A compiler cannot trace addresses, and fuses what comes behind two products by itself.
-        compiling = torch.compiler.is_compiling()
-        if compiling or is_transformed() or not (x.is_cuda or self.members[0].impl is not None):
+        if torch.compiler.is_compiling() or has_transforms() or not (x.is_cuda or self.members[0].impl is not None):
             return None
         found = self.parameters()
         if found is None or not self._holds(*found):

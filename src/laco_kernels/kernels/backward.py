@@ -38,10 +38,13 @@ def patch_merge_backward(
         if needs[1]:
             dweight1 = outer(dpre, gathered(x, windows, layout))
         if needs[0]:
-            dx = x.new_empty(x.shape)
-            if prefix:
-                dx[:, :prefix] = grad[:, :prefix]
-            pointwise.join(dpre @ weight1, grad, windows, GATHER[layout], RESIDUAL[residual_kind], dx)
+            if layout == "block" and not prefix and residual_kind == "none":
+                dx = (dpre @ weight1).view(x.shape)
+            else:
+                dx = x.new_empty(x.shape)
+                if prefix:
+                    dx[:, :prefix] = grad[:, :prefix]
+                pointwise.join(dpre @ weight1, grad, windows, GATHER[layout], RESIDUAL[residual_kind], dx)
     if act is not None:
         dweight2 = outer(g, act)
     if needs[4]:

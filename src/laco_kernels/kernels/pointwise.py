@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from laco_kernels.kernels.activation import gelu_and_derivative
 from laco_kernels.kernels.gathered_gemm import real_tokens, token_of
-from laco_kernels.kernels.launch import accumulator, accumulator_torch, activation_code, is_cheap, launch
+from laco_kernels.kernels.launch import PLANS, Plan, accumulator, accumulator_torch, activation_code, is_cheap, launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -272,6 +273,38 @@ def collect(xs: Sequence[torch.Tensor], prefix: int, out: torch.Tensor) -> None:
     )
 
 
+@functools.lru_cache(PLANS)
+def _gelu_plan(
+    tile: tuple[int, int],
+    m: int,
+    n: int,
+    rows: int,
+    strides: tuple[int, ...],
+    approximate: str,
+    with_act: bool,
+    with_sums: bool,
+    dtype: torch.dtype,
+) -> Plan:
+    return Plan(
+        gelu_backward_kernel,
+        (triton.cdiv(m, tile[0]), triton.cdiv(n, tile[1])),
+        M=m,
+        N=n,
+        rows=rows,
+        stride_gb=strides[0],
+        stride_gt=strides[1],
+        stride_gn=strides[2],
+        ACTIVATION=activation_code(approximate),
+        WRITE_ACT=with_act,
+        WRITE_SUMS=with_sums,
+        CHEAP=is_cheap(dtype),
+        ACC=accumulator(dtype),
+        BM=tile[0],
+        BN=tile[1],
+        num_warps=4,
+    )
+
+
 def gelu_backward(
     grad: torch.Tensor, pre: torch.Tensor, approximate: str, *, with_sums: bool, with_act: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -286,9 +319,8 @@ def gelu_backward(
     tiles = triton.cdiv(m, ROW_TILE)
     partial = pre.new_empty((tiles, n), dtype=accumulator_torch(pre.dtype)) if with_sums else None
     if m and n:
-        launch(
-            gelu_backward_kernel,
-            _tiles(m, n),
+        plan = _gelu_plan((ROW_TILE, COLUMN_TILE), m, n, rows, grad.stride(), approximate, with_act, with_sums, pre.dtype)
+        plan.launch(
             out.device,
             lambda: ([grad, pre], [out, act, partial]),
             p_grad=grad,
@@ -296,20 +328,6 @@ def gelu_backward(
             p_out=out,
             p_act=out if act is None else act,
             p_partial=out if partial is None else partial,
-            M=m,
-            N=n,
-            rows=rows,
-            stride_gb=grad.stride(0),
-            stride_gt=grad.stride(1),
-            stride_gn=grad.stride(2),
-            ACTIVATION=activation_code(approximate),
-            WRITE_ACT=with_act,
-            WRITE_SUMS=with_sums,
-            CHEAP=is_cheap(pre.dtype),
-            ACC=accumulator(pre.dtype),
-            BM=ROW_TILE,
-            BN=COLUMN_TILE,
-            num_warps=4,
         )
     return out, None if partial is None else partial.sum(0).to(pre.dtype), act
 

@@ -196,10 +196,10 @@ def load(impl: str, op: str, direction: str, like: torch.Tensor, rows: int, form
     """
     if impl == AUTO:
         impl = choose(op, direction, like.device, like.dtype, rows, form).impl
-    name = modules(op)[impl]
-    if name not in _LOADED:
-        _LOADED[name] = importlib.import_module(name)
-    return _LOADED[name]
+    module = _LOADED.get((op, impl))
+    if module is None:
+        module = _LOADED[op, impl] = importlib.import_module(modules(op)[impl])
+    return module
 
 
 def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, rows: int, form: str | None = None) -> Choice:
@@ -214,7 +214,7 @@ def choose(op: str, direction: str, device: torch.device, dtype: torch.dtype, ro
     return beyond
 
 
-_LOADED: dict[str, ModuleType] = {}
+_LOADED: dict[tuple[str, str], ModuleType] = {}
 # Not functools.cache, of which Dynamo warns where it traces an operator's body.
 _CHOICES: dict[tuple[Any, ...], tuple[tuple[tuple[int, Choice], ...], Choice]] = {}
 

@@ -71,7 +71,7 @@ def _packed(x: Any, weights: Any, *_: Any, **__: Any) -> int:
 
 def _packed_backward(grad: Any, x: Any, weights: Any, *settings: Any, **_: Any) -> int:
     needs = settings[-1]
-    return product_flops(math.prod(x[:-1]), *weights) * (needs[0] + needs[1])
+    return product_flops(math.prod(grad[:-1]), *weights) * (needs[0] + needs[1])
 
 
 FORMULAS: dict[str, Callable[..., int]] = {

@@ -28,9 +28,9 @@ def gelu_mlp(
 
     .. math:: y = W_2\,\mathrm{gelu}(W_1 x + b_1) + b_2
 
-    It is :func:`laco_kernels.patch_merge` with windows of one token and no residual. For the backward pass it keeps ``x`` and
-    the pre-activation; the activation, which two linear layers would keep besides, is made again in the pass that takes GELU's
-    derivative.
+    It is :func:`laco_kernels.patch_merge` with windows of one token and no residual. For the backward pass it keeps the
+    pre-activation, and ``x`` where ``weight1`` has a gradient; the activation, which two linear layers would keep besides, is
+    made again in the pass that takes GELU's derivative.
 
     Args:
         x: ``[..., C]``, in any strides.
@@ -153,16 +153,19 @@ def _forward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     grad, x, pre, weight1, weight2, dtype, approximate, impl, needs = inputs
-    tokens = rows_of(x.to(dtype))
-    saved = (tokens, rows_of(pre).contiguous(), weight1.to(dtype), weight2.to(dtype))
+    rows = rows_of(pre).contiguous()
+    # Of a missing x nothing is read but the shape and the dtype of its gradient.
+    tokens = rows.new_empty(1).expand(*rows.shape[:2], weight1.shape[1]) if x is None else rows_of(x.to(dtype))
+    saved = (tokens, rows, weight1.to(dtype), weight2.to(dtype))
     dx, *others = library.run_backward("gelu_mlp", impl, rows_of(grad), saved, needs, _options(tokens.shape[1], approximate))
-    return (dx.reshape(x.shape) if needs[0] else dx).to(x.dtype), *[gradient.to(weight1.dtype) for gradient in others]
+    dx = dx.reshape(*pre.shape[:-1], tokens.shape[2]) if needs[0] else dx
+    return dx, *[gradient.to(weight1.dtype) for gradient in others]
 
 
 def _backward_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    _, x, _, weight1, weight2, *_, needs = inputs
-    shapes = (x.shape, weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
-    likes = (x, weight1, weight1, weight1, weight1)
+    _, _, pre, weight1, weight2, *_, needs = inputs
+    shapes = ((*pre.shape[:-1], weight1.shape[1]), weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1])
+    likes = (pre, weight1, weight1, weight1, weight1)
     made = zip(likes, shapes, needs, strict=True)
     return tuple(like.new_empty(shape if need else (0,)) for like, shape, need in made)
 
@@ -171,29 +174,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     x, weight1, _, weight2, _, *ctx.settings, save = inputs[:9]
     library.refuse_unsaved("gelu_mlp", save)
     made_by = inputs[9] if len(inputs) > 9 else None
-    ctx.arguments = len(inputs)
-    ctx.norm = None if made_by is None else made_by[3:]
-    kept = (x, None, None) if made_by is None else made_by[:3]
+    ctx.arguments, ctx.dtype = len(inputs), x.dtype
+    ctx.norm, kept = None, (None, None, None)
+    if ctx.needs_input_grad[1]:  # the only gradient that is made of x
+        ctx.norm = None if made_by is None else made_by[3:]
+        kept = (x, None, None) if made_by is None else made_by[:3]
     ctx.save_for_backward(*kept, output[1], weight1, weight2)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     x, norm_weight, norm_bias, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    if ctx.norm is not None and needs[1]:
+    if ctx.norm is not None:
         with torch.no_grad():
             x = run_add_norm(x, None, norm_weight, norm_bias, None, *ctx.norm)[1]
-    direct = not torch.is_grad_enabled() and library.is_direct(x, grad, *saved)
+    direct = not torch.is_grad_enabled() and library.is_direct(grad, x, *saved)
     run = _backward if direct else torch.ops.laco.gelu_mlp_backward
-    gradients = run(grad, x, *saved, *ctx.settings, needs)
-    return *library.asked_for(gradients, needs), *[None] * (ctx.arguments - 5)
+    dx, *others = library.asked_for(run(grad, x, *saved, *ctx.settings, needs), needs)
+    return None if dx is None else dx.to(ctx.dtype), *others, *[None] * (ctx.arguments - 5)
 
 
 TENSORS = "Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
 SETTINGS = "ScalarType dtype, str approximate, str impl"
 library.define(f"gelu_mlp({TENSORS}, {SETTINGS}, bool save) -> (Tensor, Tensor)", _forward, _forward_fake)
 library.define(
-    f"gelu_mlp_backward(Tensor grad, Tensor x, Tensor pre, Tensor weight1, Tensor weight2, {SETTINGS}, bool[] needs)"
+    f"gelu_mlp_backward(Tensor grad, Tensor? x, Tensor pre, Tensor weight1, Tensor weight2, {SETTINGS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

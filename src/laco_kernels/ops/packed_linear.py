@@ -24,7 +24,8 @@ def packed_linear(
     .. math:: y = [x W_1^\top + b_1;\; x W_2^\top + b_2;\; \ldots]
 
     Weights that lie behind each other in memory, as the rows of one matrix that was split or that :func:`lay_together` has
-    made, are read where they lie; others are copied together first.
+    made, are read where they lie; others are copied together first. For the backward pass it keeps ``x`` where a
+    weight has a gradient.
 
     Args:
         x: ``[..., C]``.
@@ -33,6 +34,8 @@ def packed_linear(
 
     Returns:
         ``[..., F_1 + F_2 + ...]``, under autocast in its dtype; ``y.split([F_1, F_2, ...], dim=-1)`` are the layers' outputs.
+        ``y`` may be written in place under gradients, as a linear layer's output; where it is not used besides, so may each
+        output that ``y.unsafe_split_with_sizes`` makes, which ``split``, as everywhere in torch, does not allow.
 
     Raises:
         TypeError: integer or complex tensors, mixed dtypes outside autocast.
@@ -42,6 +45,7 @@ def packed_linear(
     tensors = {"x": x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)}}
     tensors |= {f"biases[{i}]": bias for i, bias in enumerate(biases or ())}
     checks.check_alike(tensors)
+    library.know_sharding()
     library.refuse_forward_mode("packed_linear", tensors.values())
     return torch.ops.laco.packed_linear(x, list(weights), list(biases or ()), checks.autocast_dtype(x))
 
@@ -55,12 +59,12 @@ def run_packed_linear(
 ) -> torch.Tensor:
     """:func:`packed_linear` inside an encoder, which keeps :func:`pack` of ``weights`` and ``biases``, detached.
 
-    Without the dispatcher where nothing else looks.
+    Without the dispatcher where nothing else looks. The output may be a view to autograd, parts by ``unsafe_split`` are none.
     """
     if not library.is_direct(x, whole, whole_bias) or x.shape[-1:] != whole.shape[1:]:
         return packed_linear(x, weights, biases)
     if library.needs_saving((x, *weights, *biases)):
-        return _Direct.apply(x, whole, whole_bias, len(weights), *weights, *biases)
+        return _differentiable(x, whole, whole_bias, len(weights), *weights, *biases)
     return F.linear(x, whole, whole_bias)
 
 
@@ -165,7 +169,9 @@ def _check_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequ
 
 def _forward(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     bias = pack(biases).to(dtype) if biases else None
-    return F.linear(x.to(dtype), pack(weights).to(dtype), bias)
+    y = F.linear(x.to(dtype), pack(weights).to(dtype), bias)
+    # No view to autograd, which would refuse that an output of ours is written in place.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _forward_fake(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -174,28 +180,31 @@ def _forward_fake(x: torch.Tensor, weights: list[torch.Tensor], biases: list[tor
 
 
 def _backward(
-    grad: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
+    grad: torch.Tensor, x: torch.Tensor | None, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
 ) -> tuple[torch.Tensor, ...]:
     return library.present(_compute_backward(grad, x, pack(weights), bias_dtype, needs), grad)
 
 
 def _compute_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_dtype: torch.dtype, needs: Sequence[bool]
+    grad: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, bias_dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[torch.Tensor | None, ...]:
     rows = grad.reshape(-1, grad.shape[-1])
-    dx = (grad @ weight.to(grad.dtype)).to(x.dtype) if needs[0] else None
-    dweight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype) if needs[1] else None
+    dx = grad @ weight.to(grad.dtype) if needs[0] else None
+    dweight = None
+    if needs[1] and x is not None:  # the only gradient that is made of x
+        dweight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
     wide = torch.promote_types(grad.dtype, torch.float32)
     dbias = rows.sum(0, dtype=wide).to(bias_dtype) if needs[2] else None
     return dx, dweight, dbias
 
 
 def _backward_fake(
-    grad: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
+    grad: torch.Tensor, x: torch.Tensor | None, weights: list[torch.Tensor], bias_dtype: torch.dtype, needs: list[bool]
 ) -> tuple[torch.Tensor, ...]:
+    channels = weights[0].shape[1]
     made = (
-        x.new_empty(x.shape),
-        weights[0].new_empty(grad.shape[-1], x.shape[-1]),
+        grad.new_empty(*grad.shape[:-1], channels),
+        weights[0].new_empty(grad.shape[-1], channels),
         grad.new_empty(grad.shape[-1], dtype=bias_dtype),
     )
     return tuple(tensor if need else grad.new_empty(0) for tensor, need in zip(made, needs, strict=True))
@@ -204,10 +213,10 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weights, biases, _ = inputs
     ctx.needs = [any(tensor.requires_grad for tensor in tensors) for tensors in ((x,), weights, biases)]
-    ctx.bias_dtype = biases[0].dtype if biases else weights[0].dtype
+    ctx.dtype, ctx.bias_dtype = x.dtype, biases[0].dtype if biases else weights[0].dtype
     ctx.sizes = [weight.shape[0] for weight in weights]
     ctx.has_biases = bool(biases)
-    ctx.save_for_backward(x, *weights)
+    ctx.save_for_backward(x if ctx.needs[1] else None, *weights)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -216,7 +225,7 @@ def _differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     dx, dweight, dbias = library.asked_for(gradients, ctx.needs)
     dweights = [None] * len(ctx.sizes) if dweight is None else list(dweight.split(ctx.sizes))
     dbiases = [None] * len(ctx.sizes) if dbias is None else list(dbias.split(ctx.sizes))
-    return dx, dweights, dbiases if ctx.has_biases else [], None
+    return None if dx is None else dx.to(ctx.dtype), dweights, dbiases if ctx.has_biases else [], None
 
 
 class _Direct(torch.autograd.Function):
@@ -227,7 +236,7 @@ class _Direct(torch.autograd.Function):
         ctx.whole, ctx.n, ctx.bias_dtype = whole, n, whole.dtype if whole_bias is None else whole_bias.dtype
         ctx.sizes, ctx.addresses = [part.shape[0] for part in parts[:n]], [part.data_ptr() for part in parts[:n]]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *parts[:n])
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4 : 4 + n]) else None, *parts[:n])
         return F.linear(x, whole, whole_bias)
 
     @staticmethod
@@ -237,7 +246,7 @@ class _Direct(torch.autograd.Function):
         needs_x, _, _, _, *others = ctx.needs_input_grad
         n, needs = ctx.n, [needs_x, any(others[: ctx.n]), any(others[ctx.n :])]
         x, *weights = ctx.saved_tensors
-        if torch.is_grad_enabled() or not library.is_direct(x, grad, *weights):
+        if torch.is_grad_enabled() or not library.is_direct(grad, x, *weights):
             made = torch.ops.laco.packed_linear_backward(grad.contiguous(), x, weights, ctx.bias_dtype, needs)
             made = library.asked_for(made, needs)
         else:
@@ -249,13 +258,14 @@ class _Direct(torch.autograd.Function):
         return dx, None, None, None, *[part if need else None for part, need in zip(parts, others, strict=True)]
 
 
+_differentiable = library.plain_apply(_Direct)
 library.define(
     "packed_linear(Tensor x, Tensor[] weights, Tensor[] biases, ScalarType dtype) -> Tensor",
     _forward,
     _forward_fake,
 )
 library.define(
-    "packed_linear_backward(Tensor grad, Tensor x, Tensor[] weights, ScalarType bias_dtype, bool[] needs)"
+    "packed_linear_backward(Tensor grad, Tensor? x, Tensor[] weights, ScalarType bias_dtype, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -51,7 +51,7 @@ def _mlp(x: Any, *parameters: Any) -> Any:
 
 
 def _mlp_backward(grad: Any, x: Any, *_: Any) -> Any:
-    return _with_batch(x, _merge_backward())
+    return _with_batch(grad, rules(1, 4, 2 + (x is not None), 2))
 
 
 def _conv(x: Any, weight: Any, bias: Any, *_: Any) -> Any:
@@ -98,7 +98,7 @@ def _packed(x: Any, weights: Any, biases: Any, *_: Any) -> Any:
 
 
 def _packed_backward(grad: Any, x: Any, weights: Any, *_: Any) -> Any:
-    return _with_batch(x, rules(1, 2, 2, len(weights)))
+    return _with_batch(grad, rules(1, 2, 1 + (x is not None), len(weights)))
 
 
 def _with_batch(x: Any, placements: list[Any]) -> list[Any]:
