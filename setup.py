@@ -5,7 +5,6 @@
 8.6, 8.9 and, translated by the driver, on everything newer). It links neither libcuda nor torch.
 """
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -54,10 +53,11 @@ def find_nvcc():
     return next(filter(None, map(shutil.which, ["nvcc", *places])), None)
 
 
-@functools.cache
 def content(file):
-    """As first looked at: what is edited while nvcc runs is compiled again the next time."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else "is not there"
+
+
+first_content = functools.cache(content)  # as first looked at
 
 
 class BuildCuda(build_ext):
@@ -79,6 +79,8 @@ class BuildCuda(build_ext):
             say(f"the CUDA extension did not build: {error}. Installing without impl='cuda'")
 
     def build(self, target):
+        import fcntl  # Windows has none: an installation without impl='cuda'
+
         import pybind11
 
         for folder in (OBJECTS, target.parent):
@@ -89,31 +91,34 @@ class BuildCuda(build_ext):
         objects = {f"bindings_{'_'.join(ARCHS)}": (BINDINGS, macros, headers, [pybind11.__version__, sys.version])}
         objects |= {source.name: (source, GENCODE[arch], [], []) for arch in ARCHS for source in KERNELS[arch]}
         compiler = [subprocess.run([NVCC, "--version"], stdout=subprocess.PIPE, text=True).stdout]
-        compiler += [os.environ.get(f"NVCC_{which}", "") for which in ("PREPEND_FLAGS", "APPEND_FLAGS", "CCBIN")]
+        heeded = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH")
+        compiler += [os.environ.get(name, "") for name in heeded]
 
         def compile_one(name, source, options, headers, versions):
             """Whether there was anything to do."""
             compiled, made, read, log, note = (OBJECTS / f"{name}.{end}" for end in ("o", "part", "d", "log", "command"))
             command = [NVCC, *FLAGS, *options, str(source)]
 
-            def made_of():
+            def made_of(content):
                 """The command, and the files that nvcc has named in a rule for make."""
                 files = sorted(read.read_text().partition(":")[2].replace("\\\n", " ").split())
                 return "\n".join([shlex.join(command), *compiler, *versions, *(f"{content(file)} {file}" for file in files)])
 
-            if compiled.exists() and read.exists() and note.exists() and note.read_text() == made_of():
+            if compiled.exists() and read.exists() and note.exists() and note.read_text() == made_of(first_content):
                 return False
             said = run([*command, *headers, "-MMD", "-MF", str(read), "-c", "-o", str(made)], lock)
             note.unlink(missing_ok=True)
             log.write_text(said)
             made.replace(compiled)
-            note.write_text(made_of())  # last: without it an object is none
+            # Last, for without it an object is none; and not of what was edited while nvcc read it.
+            if made_of(content) == made_of(first_content):
+                note.write_text(made_of(first_content))
             return True
 
         with (OBJECTS / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two installations write the same objects
             for file in Path("csrc").iterdir():
-                content(str(file))
+                first_content(str(file))
             compiled = sum(pool.map(lambda name: compile_one(name, *objects[name]), objects))
             linked = [str(OBJECTS / f"{name}.o") for name in objects]
             run([NVCC, "-shared", "-cudart=static", *linked, "-o", str(target)], lock)

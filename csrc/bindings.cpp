@@ -91,7 +91,7 @@ const GemmTile* find_tile(const std::string& name) {
   return nullptr;
 }
 
-// `tile`: a name of TILES, "ampere", or "" for what suits; `splits` 0 for what suits.
+// `tile`: a name of TILES, "ampere", or "" for what suits; `splits` 0 for what suits. The device stays the current one.
 template <class Problem>
 const char* run(const Problem& q, const std::string& tile, int splits, bool dependent, int device, uintptr_t stream) {
   if (const char* error = refusal(q)) return error;
@@ -119,14 +119,20 @@ const char* problem() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? nullptr : cudaGetErrorString(cudaGetLastError());
 }
 
+void throw_if(const char* error) {
+  if (error) throw std::invalid_argument(error);
+}
+
 const GemmTile& tile_named(const std::string& name) {
   const GemmTile* tile = find_tile(name);
-  if (!tile) throw std::invalid_argument("no tile of that name");
+  throw_if(tile ? nullptr : "no tile of that name");
   return *tile;
 }
 
 std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int columns, int block, int blocks) {
   const GemmTile& tile = tile_named(name);
+  throw_if(m < 0 || m >= MOST || columns < 0 || columns >= MOST ? "sizes must be positive and below 2^30" : nullptr);
+  throw_if(block < 0 || blocks <= block ? "there must be more blocks than the number of one" : nullptr);
   const Schedule order((m + tile.bm - 1) / tile.bm, (columns + tile.bn - 1) / tile.bn, GROUP);
   std::vector<std::pair<int, int>> found;
   for (int i = block; i < order.tiles(); i += blocks) {
@@ -136,6 +142,8 @@ std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int co
   }
   return found;
 }
+
+uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 py::dict to_dict(const Plan& p) {
   return py::dict("tile"_a = p.tile->name, "splits"_a = p.splits, "tiles"_a = p.tiles, "waves"_a = p.waves,
@@ -147,13 +155,13 @@ py::dict to_dict(const Rows& r) {
 }
 
 py::dict to_dict(const Map& m) {
-  return py::dict("base"_a = reinterpret_cast<uintptr_t>(m.base), "sizes"_a = std::vector(m.sizes, m.sizes + m.rank),
+  return py::dict("base"_a = address_of(m.base), "sizes"_a = std::vector(m.sizes, m.sizes + m.rank),
                   "strides"_a = std::vector(m.strides, m.strides + std::max(m.rank - 1, 0)),
                   "box"_a = std::vector(m.box, m.box + (m.side ? 2 : m.rank)), "side"_a = m.side);
 }
 
 py::dict to_dict(const Image& i) {
-  return py::dict("base"_a = reinterpret_cast<uintptr_t>(i.base), "stride_b"_a = i.stride_b, "stride_t"_a = i.stride_t,
+  return py::dict("base"_a = address_of(i.base), "stride_b"_a = i.stride_b, "stride_t"_a = i.stride_t,
                   "per_image"_a = i.per_image, "out_width"_a = i.out_width, "height"_a = i.height, "width"_a = i.width,
                   "side"_a = i.side, "channels"_a = i.channels);
 }
@@ -162,17 +170,17 @@ py::dict to_dict(const Image& i) {
 template <class Problem>
 py::dict operands(const Problem& q, const std::string& name, int splits) {
   const GemmTile& tile = tile_named(name);
-  const char* error = refusal(q);
-  if (!error) error = refusal(q, tile, splits);
-  if (error) throw std::invalid_argument(error);
+  throw_if(refusal(q));
+  throw_if(refusal(q, tile, splits));
   const auto [p, maps, copied] = describe(q, tile.bm, tile.bn, splits);
   py::list sources;
   for (int i = 0; i < p.sources_count; ++i) sources.append(to_dict(maps.sources[i]));
   py::dict found("sources"_a = sources, "rows"_a = to_dict(p.rows), "other_rows"_a = to_dict(p.other_rows),
                  "added_rows"_a = to_dict(p.added_rows), "residual"_a = to_dict(p.residual), "grid"_a = to_dict(p.grid),
-                 "out_tokens"_a = reinterpret_cast<uintptr_t>(p.out_tokens), "out_prefix"_a = p.out_prefix, "m"_a = p.m, "n"_a = p.n,
+                 "out_tokens"_a = address_of(p.out_tokens), "bias"_a = address_of(p.bias), "sums"_a = address_of(p.sums),
+                 "out_prefix"_a = p.out_prefix, "residual_kind"_a = int(p.residual_kind), "m"_a = p.m, "n"_a = p.n,
                  "columns"_a = p.columns, "steps"_a = p.steps, "channel_steps"_a = p.channel_steps, "taps"_a = p.taps,
-                 "chunks_a_tap"_a = p.chunks_a_tap, "splits"_a = p.splits, "copied"_a = copied);
+                 "chunks_a_tap"_a = p.chunks_a_tap, "splits"_a = p.splits, "has_second"_a = bool(p.has_second), "copied"_a = copied);
   for (const auto& [key, map] : {std::pair("other", &maps.other), {"out", &maps.out}, {"second", &maps.second}, {"added", &maps.added}}) {
     if (map->rank) found[key] = to_dict(*map);
   }
@@ -191,9 +199,12 @@ void define(py::module_& module, const std::string& name, const char* what, Prob
   module.def(
       (name + "_plan").c_str(),
       [make](Values... values, int multiprocessors, int pairs, int quads) {
-        return to_dict(plan(make(values...), Machine{multiprocessors, pairs, quads}));
+        const Problem q = make(values...);
+        throw_if(refusal(q));
+        throw_if(multiprocessors < 1 ? "a GPU has multiprocessors" : nullptr);
+        return to_dict(plan(q, Machine{multiprocessors, pairs, quads}));
       },
-      "The tile, the blocks that share its depth, tiles and waves that it is launched with on such a GPU, on which so many "
+      "The tile, the blocks that share its depth, tiles and waves on a Hopper GPU of so many multiprocessors, on which so many "
       "clusters of two and of four blocks run at once.",
       py::kw_only(), names..., "multiprocessors"_a, "pairs"_a, "quads"_a);
   module.def(
@@ -212,8 +223,8 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<Tokens>(module, "Tokens", py::module_local(), "Where an operand's rows lie, see csrc/problem.h.")
       .def(py::init(&make_tokens), py::kw_only(), "sources"_a, "batch"_a, "height"_a = 1, "width"_a, "stride_b"_a, "stride_t"_a,
            "side"_a = 1, "channels"_a)
-      .def_property_readonly("rows", &Tokens::rows)
-      .def_property_readonly("depth", &Tokens::depth);
+      .def_property_readonly("rows", [](const Tokens& t) { return throw_if(refusal(t)), t.rows(); })
+      .def_property_readonly("depth", [](const Tokens& t) { return throw_if(refusal(t)), t.depth(); });
   define(module, "forward", "Launch out = act(x weight^T + bias) + residual, a Forward of csrc/problem.h; None or what is wrong.",
          make_forward, "element"_a, "x"_a, "weight"_a, "bias"_a = 0, "n"_a, "activation"_a = 0, "out"_a, "out_prefix"_a = 0,
          "pre"_a = 0, "residual_kind"_a = 0, "residual"_a = none, "residual_block"_a = false);
@@ -228,7 +239,7 @@ PYBIND11_MODULE(_cuda, module) {
              "channels"_a);
   module.def("schedule", schedule, "The first (row, column) of the tiles that one of `blocks` blocks works on, in order.", "tile"_a,
              "m"_a, "columns"_a, "block"_a, "blocks"_a);
-  py::dict tiles;
+  py::dict tiles;  // by name: rows, columns, whether its depth may be shared, microseconds a wave, whether these were measured
   for (const GemmTile& tile : TILES) tiles[tile.name] = py::make_tuple(tile.bm, tile.bn, tile.splits, tile.wave, tile.measured);
   module.attr("TILES") = tiles;
   std::vector<std::string> architectures;

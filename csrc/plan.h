@@ -27,7 +27,7 @@ struct GemmTile {
   const char* name;
   int bm, bn;
   double wave;    // microseconds that one tile on every multiprocessor takes: an H200, K = 4096
-  bool measured;  // so; else 4.9 + 1.22e-3 for each of the tile's elements, which goes through those that were
+  bool measured;  // benchmarks/results/nvidia-h200/hopper-product.txt, with GELU; else 13.1 + 1e-3 x bm x bn, near those that were
   bool splits;    // whether blocks of a cluster may share its depth
   LaunchForward* forward;
   LaunchInputGradient* input_gradient;  // null where 64 does not divide bn: a gradient's columns end with each tap
@@ -46,15 +46,15 @@ struct GemmTile {
 
 // Widths may be any multiple of 16: these leave the last wave fullest for the papers' shapes.
 inline const GemmTile TILES[] = {
-    {"128x256", 128, 256, 44.9, true, false, forward_128x256, input_gradient_128x256, weight_gradient_128x256},
-    {"192x144", 192, 144, 38.6, false, false, forward_192x144, nullptr, nullptr},
-    {"192x128", 192, 128, 34.9, true, true, forward_192x128, input_gradient_192x128, weight_gradient_192x128},
-    {"128x192", 128, 192, 34.9, false, false, forward_128x192, input_gradient_128x192, weight_gradient_128x192},
-    {"192x96", 192, 96, 27.4, false, true, forward_192x96, nullptr, nullptr},
-    {"128x128", 128, 128, 24.9, false, true, forward_128x128, input_gradient_128x128, weight_gradient_128x128},
-    {"64x256", 64, 256, 24.9, false, false, forward_64x256, input_gradient_64x256, weight_gradient_64x256},
-    {"64x128", 64, 128, 14.9, false, true, forward_64x128, input_gradient_64x128, weight_gradient_64x128},
-    {"64x64", 64, 64, 9.9, false, true, forward_64x64, input_gradient_64x64, weight_gradient_64x64},
+    {"128x256", 128, 256, 45.9, true, false, forward_128x256, input_gradient_128x256, weight_gradient_128x256},
+    {"192x144", 192, 144, 40.8, false, false, forward_192x144, nullptr, nullptr},
+    {"192x128", 192, 128, 35.5, true, true, forward_192x128, input_gradient_192x128, weight_gradient_192x128},
+    {"128x192", 128, 192, 39.9, true, false, forward_128x192, input_gradient_128x192, weight_gradient_128x192},
+    {"192x96", 192, 96, 31.5, false, true, forward_192x96, nullptr, nullptr},
+    {"128x128", 128, 128, 29.5, false, true, forward_128x128, input_gradient_128x128, weight_gradient_128x128},
+    {"64x256", 64, 256, 29.5, false, false, forward_64x256, input_gradient_64x256, weight_gradient_64x256},
+    {"64x128", 64, 128, 21.3, false, true, forward_64x128, input_gradient_64x128, weight_gradient_64x128},
+    {"64x64", 64, 64, 17.2, false, true, forward_64x64, input_gradient_64x64, weight_gradient_64x64},
 };
 
 // The product of compute capability 8.x, and of everything newer where nothing better was built.

@@ -29,8 +29,8 @@ struct Tokens {
   int side;                    // of a window, in tokens
   int channels;
 
-  int out_width() const { return (width + side - 1) / side; }
-  int64_t rows_per_image() const { return int64_t((height + side - 1) / side) * out_width(); }
+  int out_width() const { return int((int64_t(width) + side - 1) / side); }
+  int64_t rows_per_image() const { return (int64_t(height) + side - 1) / side * out_width(); }
   int64_t rows() const { return batch * rows_per_image(); }
   int64_t taps() const { return int64_t(side) * side; }
   int64_t depth() const { return num_sources * taps() * channels; }
@@ -109,10 +109,10 @@ inline const char* refusal(const Tokens& t) {
   if (t.num_sources < 1 || t.num_sources > MAX_SOURCES) return "there must be 1 to 8 sources";
   if (t.batch < 0 || t.height < 1 || t.width < 1 || t.channels < 1) return "sizes must be positive";
   if (t.side < 1 || t.side > MAX_SIDE) return "windows must be 1 to 8 tokens wide";
-  if (t.rows() >= MOST) return "too many rows for 32-bit row numbers";
-  if (t.depth() >= MOST) return LONG;
   const int64_t tokens = int64_t(t.height) * t.width;
   if (tokens >= int64_t(1) << 31) return "too many tokens for 32-bit token numbers";
+  if (t.rows() >= MOST) return "too many rows for 32-bit row numbers";
+  if (t.depth() >= MOST) return LONG;
   if (t.channels % 8 || t.stride_t % 8 || t.stride_b % 8) return "channels, n and strides must be multiples of 8";
   if (t.stride_t >= FARTHEST / tokens || (t.batch > 1 && t.stride_b >= FARTHEST)) return "strides must be shorter than 2^39 elements";
   if (t.stride_t < t.channels || (t.batch > 1 && t.stride_b < tokens * t.stride_t)) return "tokens or images overlap";
@@ -166,9 +166,9 @@ inline const char* refusal(const InputGradient& q) {
   if (q.channels % 8) return "channels, n and strides must be multiples of 8";
   if (q.gradient.batch > 0 && !(q.weight && q.out)) return MISSING;
   if (is_misaligned({q.weight, q.pre, q.act, q.sums, q.out})) return "pointers must be 16-byte aligned";
+  if (int64_t(q.height) * q.width >= int64_t(1) << 31) return "too many tokens for 32-bit token numbers";
   const Tokens grid{{}, 1, q.gradient.batch, q.height, q.width, 0, 0, q.side, q.channels};
   if (grid.rows() != q.gradient.rows()) return "the windows must be the gradient's rows";
-  if (int64_t(q.height) * q.width >= int64_t(1) << 31) return "too many tokens for 32-bit token numbers";
   if (q.pre) {
     if (q.activation == Activation::none) return "there is no activation to go back through";
     if (q.side != 1 || q.out_prefix || q.residual_kind != Residual::none) return "an activation's rows are plain";

@@ -96,6 +96,13 @@ def added(told, m0, column):
     return np.stack(found)
 
 
+def residual_tokens(image, m, tap):
+    """Addresses of windows' pixel, or of windows themselves where they are single tokens: [rows, channels]."""
+    b, at = token(image, m, tap)
+    places = image["base"] + 2 * ((b * image["stride_b"] + at * image["stride_t"])[:, None] + np.arange(image["channels"]))
+    return np.where((at != NOWHERE)[:, None], places, NOWHERE)
+
+
 def pieces(told, bn, rank):
     """First columns, in a tile, of the pieces that a block of a cluster writes."""
     starts = [min(first, bn - CHUNK) for first in range(0, bn, CHUNK)]

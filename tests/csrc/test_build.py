@@ -187,6 +187,13 @@ def test_what_is_edited_while_it_compiles_is_compiled_again(tree):
     assert tree.build() == {"ampere.cu"}
 
 
+def test_what_was_edited_and_put_back_is_compiled_again(tree):
+    process = tree.start(FAKE_EDIT="csrc/gelu.cuh")
+    process.communicate()
+    tree.edit("gelu.cuh", "")
+    assert {"ampere.cu", "hopper_1.cu", "hopper_2.cu"} >= tree.build() > set()
+
+
 def test_the_next_build_waits_for_a_compiler_that_outlived_its_own(tree):
     first = tree.start(FAKE_WAIT="go", LACO_CUDA_ARCHS="80")
     deadline = time.monotonic() + 60

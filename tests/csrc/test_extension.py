@@ -141,6 +141,11 @@ REFUSALS = [
     ("forward", {"n": 2**30}, LONG),
     ("input_gradient", {"channels": 2**28, "side": 2}, LONG),
     ("forward", {"x": {"stride_b": 2**39}}, FAR),
+    ("forward", {"x": {"batch": 1, "height": 2**31 - 1, "width": 1, "side": 1}}, "too many rows"),
+    ("forward", {"x": {"batch": 1, "height": 2**31 - 1, "width": 1, "side": 2}}, "too many rows"),
+    ("forward", {"x": {"batch": 1, "height": 1, "width": 2**31 - 1, "side": 2}}, "too many rows"),
+    ("forward", {"x": {"batch": 2**31 - 1, "height": 2**31 - 1, "width": 2**31 - 1}}, "too many tokens"),
+    ("input_gradient", {"height": 2**31 - 1, "width": 2**31 - 1, "side": 2}, "too many tokens"),
     ("weight_gradient", {"x": {"stride_t": 2**36, "stride_b": 2**40}}, FAR),
     ("forward", {"residual": {}, "out_prefix": -1}, "sizes must be positive"),
     ("forward", {"x": {"channels": 60}}, UNITS),
@@ -246,6 +251,25 @@ def plan(extension, product, m, columns, steps, multiprocessors=132, pairs=66, q
     return extension.weight_gradient_plan(gradient=gradient, x=x, **options)
 
 
+def test_host_logic_refuses_what_is_no_problem(extension):
+    shapeless = tokens(extension, side=0)
+    for name in ("rows", "depth"):
+        with pytest.raises(ValueError, match="windows must be 1 to 8 tokens wide"):
+            getattr(shapeless, name)
+    machine = {"pairs": 66, "quads": 32}
+    for product in PRODUCTS:
+        planned = getattr(extension, f"{product}_plan")
+        with pytest.raises(ValueError, match="a GPU has multiprocessors"):
+            planned(**problem(extension, product, {}), multiprocessors=0, **machine)
+        with pytest.raises(ValueError, match="element must be 0 or 1"):
+            planned(**problem(extension, product, {"element": 3}), multiprocessors=132, **machine)
+    for block, blocks in ((0, 0), (-5, 3), (3, 3)):
+        with pytest.raises(ValueError, match="more blocks than the number of one"):
+            extension.schedule("128x128", 100, 100, block, blocks)
+    with pytest.raises(ValueError, match="sizes must be positive"):
+        extension.schedule("128x128", -1, 100, 0, 1)
+
+
 def test_tiles_are_chosen_by_waves(extension):
     assert {name: tile[:3] for name, tile in extension.TILES.items()} == HOPPER
     chosen = {
@@ -267,7 +291,7 @@ def test_where_tiles_are_few_blocks_share_their_depth(extension):
     assert alone["splits"] == 1
     assert shared["microseconds"] < alone["microseconds"]
     assert plan(extension, "forward", 144, 4096, 7)["splits"] == 1  # too short a depth
-    assert plan(extension, "forward", 144, 4096, 64, quads=31)["splits"] == 1  # 32 clusters would come in two waves
+    assert plan(extension, "forward", 144, 4096, 64, quads=31)["splits"] == 2  # 32 clusters would come in two waves
     few = plan(extension, "forward", 64, 4096, 144)  # a window of three tokens each way, one image
     assert (few["tile"], few["splits"]) == ("64x128", 4)
 
@@ -321,7 +345,7 @@ def test_nothing_spills_and_nothing_is_serialised(built, kernels):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert set(spills) == {("0", "0")}
     assert len(spills) == len(kernels)
-    assert not re.search("C75(08|10|11)", log), log
+    assert not re.search(r"C75\d\d|Potential Performance Loss", log), log
     for name, kernel in kernels.items():
         assert not re.search(r"\b(STL|LDL)\b", kernel.code), name
 

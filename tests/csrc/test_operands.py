@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from tests.csrc import copy_engine
@@ -82,7 +82,11 @@ def matrix(number, *shape):
 
 @dataclass(repr=False)
 class Case:
-    """Arguments of a product, tokens apart; addresses of A and B along the depth, of the output, and of what is added."""
+    """Arguments of a product, tokens apart; addresses of A and B along the depth, of the outputs, and of what is added.
+
+    What is added to a forward product's rows, and an activation's input, is ``[rows, taps, channels]``; the residual's
+    gradient, which is read for every tap of a window, ``[rows, 1, channels]``.
+    """
 
     product: str
     arguments: dict
@@ -90,6 +94,7 @@ class Case:
     a: np.ndarray
     b: np.ndarray
     out: np.ndarray
+    second: np.ndarray | None = None
     added: np.ndarray | None = None
 
     def __repr__(self):
@@ -119,6 +124,7 @@ def forwards(draw):
     rows = x.windows()
     weight = matrix(20, n, rows.shape[1], rows.shape[2])
     arguments, tokens, prefix, added = {"weight": 20 << 40, "n": n, "out": 21 << 40}, {"x": x}, 0, None
+    arguments["bias"], second = draw(st.sampled_from([0, 24 << 40])), None
     kind = draw(st.sampled_from(RESIDUALS))
     if kind != "none":
         prefix, of, block = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.booleans())
@@ -129,9 +135,10 @@ def forwards(draw):
         added = space_to_depth(from_blocks(places, of) if block else places, of)
     elif draw(st.booleans()):
         arguments |= {"activation": 1, "pre": 22 << 40}
+        second = matrix(22, len(rows), n)
     per_image = len(rows) // batch
     out = matrix(21, batch, prefix + per_image, n)[:, prefix:].reshape(-1, n)
-    return Case("forward", arguments, tokens, rows, weight, out, added)
+    return Case("forward", arguments, tokens, rows, weight, out, second, added)
 
 
 @st.composite
@@ -141,19 +148,23 @@ def input_gradients(draw):
     rows = [-(-size // side) for size in (height, width)]
     gradient = Layout(draw, 1, batch, *rows, n)
     arguments = {"weight": 20 << 40, "channels": channels, "out": 21 << 40, "height": height, "width": width}
-    added = None
+    tokens, second, added = {"gradient": gradient}, None, None
     if side == 1 and draw(st.booleans()):
         arguments |= {"activation": 1, "pre": 30 << 40, "act": 22 << 40, "sums": 23 << 40}
-        added = matrix(30, batch * height * width, 1, channels)
-        out = matrix(21, batch * height * width, 1, channels)
+        added, out, second = (matrix(number, batch * height * width, 1, channels) for number in (30, 21, 22))
+        second = padded(second)
     else:
         prefix = draw(st.integers(0, 3))
         arguments |= {"side": side, "out_prefix": prefix}
-        tokens = matrix(21, batch, prefix + height * width, channels)[:, prefix:]
-        out = space_to_depth(tokens.reshape(batch, height, width, channels), side)
+        places = matrix(21, batch, prefix + height * width, channels)[:, prefix:]
+        out = space_to_depth(places.reshape(batch, height, width, channels), side)
+        arguments["residual_kind"] = draw(st.integers(0, 2))
+        if arguments["residual_kind"]:
+            tokens["residual_gradient"] = of = Layout(draw, 30, batch, *rows, channels)
+            added = of.windows()
     weight = np.moveaxis(matrix(20, n, side * side, channels), 0, 2)  # [taps, channels, n]
     columns = np.pad(weight, ((0, 0), (0, -channels % CHUNK), (0, 0)), constant_values=NOWHERE).reshape(-1, 1, n)
-    return Case("input_gradient", arguments, {"gradient": gradient}, gradient.windows(), columns, padded(out), added)
+    return Case("input_gradient", arguments, tokens, gradient.windows(), columns, padded(out), second, added)
 
 
 @st.composite
@@ -183,6 +194,18 @@ def cut(x, first, length):
     return np.pad(found, [(0, length - len(found)), *[(0, 0)] * (x.ndim - 1)], constant_values=NOWHERE)
 
 
+def check_parts(case, told):
+    """What a kernel finds by itself: the bias, the column sums, the residual where the copy engine does not bring it."""
+    assert [told[name] for name in ("bias", "sums", "residual_kind")] == [
+        case.arguments.get(name, 0) for name in ("bias", "sums", "residual_kind")
+    ]
+    assert told["has_second"] == ("second" in told) == (case.second is not None)
+    if told["residual_kind"]:
+        taps = told["residual"]["side"] ** 2
+        found = [copy_engine.residual_tokens(told["residual"], np.arange(told["m"]), tap) for tap in range(taps)]
+        assert np.array_equal(np.stack(found, 1), case.added)
+
+
 def check(cuda, case, data):
     """Each tile's operands step by step, what is added to it and where it goes, against where everything lies."""
     arguments = {"element": 0, **case.arguments, **{name: of.tokens(cuda) for name, of in case.tokens.items()}}
@@ -198,6 +221,7 @@ def check(cuda, case, data):
     if splits == 1 and len(able) > 1:
         splits = data.draw(st.sampled_from(able))
         told = getattr(cuda, f"{case.product}_operands")(**arguments, tile=tile, splits=splits)
+    check_parts(case, told)
     a, b = padded(case.a), padded(case.b)
     order = np.sort(case.out[case.out != NOWHERE])
     count = np.zeros(order.shape, int)
@@ -215,6 +239,9 @@ def check(cuda, case, data):
                 for m in range(m0, m0 + bm, 16):
                     places = copy_engine.written(told, case.product, m, n0 + first)
                     assert np.array_equal(places, cut(cut(case.out, m, 16).T, n0 + first, CHUNK).T)
+                    if told["has_second"]:
+                        places_too = copy_engine.box(told["second"], n0 + first, m)
+                        assert np.array_equal(places_too, cut(cut(case.second, m, 16).T, n0 + first, CHUNK).T)
                     fresh = places[:, repeated:]
                     np.add.at(count, np.searchsorted(order, fresh[fresh != NOWHERE]), 1)
         assert mine == list(range(told["steps"]))
@@ -257,8 +284,9 @@ FAR = st.one_of(st.just(0), st.integers(0, 2**20), st.integers(0, 2**44), st.int
 def vast(draw, side=None, sources=1, channels=None, batch=None):
     """Arguments of Tokens of any size that a 32-bit number has."""
     batch = batch or draw(st.one_of(st.just(1), SIZES))
-    grid = draw(st.sampled_from([SIZES, st.integers(1, 9)]))
-    height, width, channels = draw(grid), draw(grid), channels or draw(UNITS)
+    grid = [draw(st.sampled_from([SIZES, st.integers(1, 9), st.integers(2**31 - 9, 2**31 - 1)])) for _ in range(2)]
+    height, width = (1 if draw(st.integers(0, 3)) == 0 else draw(sizes) for sizes in grid)
+    channels = channels or draw(UNITS)
     stride_t = channels + draw(FAR)
     stride_b = min(height * width * stride_t + draw(FAR), 2**60)
     return {
@@ -306,11 +334,19 @@ def is_taken_by_the_driver(tensor_map):
         and all(0 < n <= 256 for n in edges)
         and edges[0] * 2 <= 128  # the swizzle
         and 0 <= side <= 8
+        and (len(sizes) < 4 or strides[2] >= sizes[2] * strides[1])  # as the emulated driver has it
     )
+
+
+TALL = {
+    "sources": [16], "batch": 1, "height": 2**31 - 1, "width": 1, "stride_b": 2**34, "stride_t": 8, "side": 2, "channels": 8,
+}  # fmt: skip
 
 
 @MANY
 @given(vast_problems(), st.sampled_from(sorted(HOPPER)))
+@example(("forward", {"x": TALL, "weight": 16, "n": 8}), "128x128")
+@example(("forward", {"x": TALL | {"height": 1, "width": 2**31 - 1}, "weight": 16, "n": 8}), "128x128")
 def test_sizes_beyond_32_bits_are_refused_and_all_others_counted_right(cuda, problem, tile):
     product, arguments = problem
     rows, others = rows_in(arguments["x"] if product == "forward" else arguments["gradient"]), {}

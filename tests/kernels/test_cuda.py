@@ -6,7 +6,7 @@ import torch
 import laco_kernels as lk
 from laco_kernels import testing
 from laco_kernels.errors import UnsupportedError
-from laco_kernels.kernels import cuda, select
+from laco_kernels.kernels import cuda, cuda_products, select
 from laco_kernels.ops.cost import Traffic
 from laco_kernels.testing import Case
 from tests.csrc.emulator import build
@@ -161,6 +161,23 @@ def test_what_it_cannot_do_is_refused_and_done_by_another_where_nobody_asked_for
         inputs = {name: tensor.float() for name, tensor in inputs.items()}
     with torch.no_grad():
         assert torch.equal(lk.patch_merge(**inputs, **options), lk.patch_merge(**inputs, **options, impl="composite"))
+
+
+VAST = [
+    ((1, 2**31, 8), None, "x: got 2147483648 tokens an image, expected fewer than 2147483648"),
+    ((2, 4, 8), (2**39, 8, 1), r"x: got strides \(549755813888, 8, 1\) .* not too far"),
+    ((1, 2**20, 8), (2**43, 2**20, 1), r"x: got strides \(8796093022208, 1048576, 1\) .* not too far"),
+]
+
+
+@pytest.mark.parametrize(("shape", "strides", "message"), VAST)
+def test_sizes_that_the_kernels_cannot_count_are_refused_before_they_are_asked(shape, strides, message):
+    options = {"device": "meta", "dtype": torch.bfloat16}
+    x = torch.empty(shape, **options) if strides is None else torch.empty_strided(shape, strides, **options)
+    with pytest.raises(UnsupportedError, match=message):
+        cuda_products.strides("x", x, 4)
+    with pytest.raises(UnsupportedError, match=r"weight: got \[8, 1073741824\], expected both sides shorter than 1073741824"):
+        cuda_products.layer("", torch.empty(8, 2**30, **options), None)
 
 
 def refuse(*_, **__):

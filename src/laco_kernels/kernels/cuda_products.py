@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}
 RESIDUALS = {"none": 0, "mean": 1, "channel_group": 2}
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
-MOST_SOURCES, MOST_ROWS, MOST_SIDE = 8, 1 << 30, 8
+MOST_SOURCES, MOST_SIDE = 8, 8
+MOST_ROWS, MOST_TOKENS = 1 << 30, 1 << 31  # rows, or numbers of one; tokens of an image
 FARTHEST = 1 << 39  # elements from one image to the next
 ALIGNMENT, ELEMENT = 16, 2  # bytes: what the copy engine counts in, and one element
 UNIT = ALIGNMENT // ELEMENT
@@ -67,6 +68,8 @@ def strides(name: str, x: torch.Tensor, rows: int) -> Strides:
         raise unsupported(name, f"{channels} channels", f"a multiple of {UNIT}")
     if rows >= MOST_ROWS:
         raise unsupported(name, f"{rows} output tokens", f"fewer than {MOST_ROWS}")
+    if count >= MOST_TOKENS:
+        raise unsupported(name, f"{count} tokens an image", f"fewer than {MOST_TOKENS}")
     # The stride of a dimension of size 1 means nothing and may be anything.
     stride_t = x.stride(1) if count > 1 else channels
     stride_b = x.stride(0) if batch > 1 else count * stride_t
@@ -92,6 +95,8 @@ def layer(suffix: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple
     name = f"weight{suffix}"
     if weight.shape[0] % UNIT or not weight.shape[0] or weight.shape[1] % UNIT:
         raise unsupported(name, list(weight.shape), f"both sides multiples of {UNIT}")
+    if max(weight.shape) >= MOST_ROWS:
+        raise unsupported(name, list(weight.shape), f"both sides shorter than {MOST_ROWS}")
     if not weight.is_contiguous():
         raise unsupported(name, f"strides {weight.stride()}", "a contiguous matrix", f"Pass {name}.contiguous()")
     bias = bias if bias is None else bias.contiguous()
