@@ -9,7 +9,7 @@ OLDEST := torch==2.11.0 triton==3.6.0  # the oldest versions supported
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: demo train-demo test lint format clean fuzz gpu faults gpu-test test-oldest test-wheel resources
+.PHONY: demo train-demo test lint format clean fuzz gpu faults gpu-test gpu-sanitize test-oldest test-wheel resources
 
 demo: $(READY)  ## a real vision encoder, compressed at every depth of the paper, on a real photo
 	$(BIN)/laco bench vec --out demo
@@ -45,6 +45,9 @@ gpu: $(READY)  ## everything a newly available GPU should do, in nine minutes: t
 
 gpu-test: $(READY)  ## what only a GPU can show, and the kernels' tests compiled
 	$(BIN)/pytest tests/gpu tests/kernels
+
+gpu-sanitize: $(READY)  ## compute-sanitizer on the CUDA kernels; minutes
+	$(BIN)/pytest tests/gpu/sanitize.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

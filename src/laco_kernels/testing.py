@@ -221,6 +221,58 @@ def gradients(
     return {**{name: y.detach() for name, y in outputs.items()}, **named}
 
 
+class Yardstick:
+    """One case's truth in float64, and how far eager torch and rounding are from it: made once for all that is checked by it.
+
+    Args:
+        case: the operator and its shape.
+        dtype: the precision.
+        device: where to run it.
+        inputs: tensors by name in place of drawn ones, e.g. with unusual strides.
+        grads: gradients of the outputs by name, likewise.
+        draws: how many times the inputs are rounded once more, at random.
+    """
+
+    def __init__(
+        self,
+        case: Case | TowerCase,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        inputs: dict[str, torch.Tensor] | None = None,
+        grads: dict[str, torch.Tensor] | None = None,
+        draws: int = 8,
+    ) -> None:
+        self.case, self.dtype = case, dtype
+        self.inputs = inputs = case.inputs(dtype, device) if inputs is None else inputs
+        if grads is None:
+            with torch.no_grad():
+                shapes = {name: y.shape for name, y in by_name(case(inputs, "reference")).items()}
+            generator = torch.Generator().manual_seed(1)
+            grads = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+        self.grads = grads
+        exact, exact_grads = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (inputs, grads))
+        self.truth = gradients(case, exact, "reference", exact_grads)
+        self.shaken = []
+        for seed in range(draws):
+            generator = torch.Generator(device).manual_seed(seed)
+            rounded, rounded_grads = (
+                {name: _round_once(tensor, dtype, generator) for name, tensor in tensors.items()}
+                for tensors in (exact, exact_grads)
+            )
+            self.shaken.append(gradients(case, rounded, "reference", rounded_grads))
+        self.eager = gradients(case, inputs, "reference", grads)
+
+    def check(self, impl: str) -> list[Row]:
+        """Return a row for every output of ``impl`` and one for every gradient."""
+        actual = gradients(self.case, self.inputs, impl, self.grads)
+        precision = str(self.dtype).removeprefix("torch.")
+        rows = []
+        for name, value in self.truth.items():
+            verdict = compare(actual[name], self.eager[name], value, [draw[name] for draw in self.shaken])
+            rows.append(Row(str(self.case), self.case.op, impl, precision, name, *verdict))
+        return rows
+
+
 def check_case(
     case: Case | TowerCase,
     impl: str,
@@ -230,43 +282,12 @@ def check_case(
     grads: dict[str, torch.Tensor] | None = None,
     draws: int = 8,
 ) -> list[Row]:
-    """Check outputs and gradients of one case.
-
-    Args:
-        case: the operator and its shape.
-        impl: the implementation.
-        dtype: the precision.
-        device: where to run it.
-        inputs: tensors by name in place of drawn ones, e.g. with unusual strides.
-        grads: gradients of the outputs by name, likewise.
-        draws: how many times the inputs are rounded once more, at random, for the yardstick.
+    """Check outputs and gradients of one case in the implementation ``impl``; the other arguments are :class:`Yardstick`'s.
 
     Returns:
         A row for every output and one for every gradient.
     """
-    inputs = case.inputs(dtype, device) if inputs is None else inputs
-    if grads is None:
-        with torch.no_grad():
-            shapes = {name: y.shape for name, y in by_name(case(inputs, "reference")).items()}
-        generator = torch.Generator().manual_seed(1)
-        grads = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
-    exact, exact_grads = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (inputs, grads))
-    truth = gradients(case, exact, "reference", exact_grads)
-    shaken = []
-    for seed in range(draws):
-        generator = torch.Generator().manual_seed(seed)
-        rounded, rounded_grads = (
-            {name: _round_once(tensor, dtype, generator) for name, tensor in tensors.items()}
-            for tensors in (exact, exact_grads)
-        )
-        shaken.append(gradients(case, rounded, "reference", rounded_grads))
-    eager, actual = (gradients(case, inputs, which, grads) for which in ("reference", impl))
-    precision = str(dtype).removeprefix("torch.")
-    rows = []
-    for name, value in truth.items():
-        verdict = compare(actual[name], eager[name], value, [draw[name] for draw in shaken])
-        rows.append(Row(str(case), case.op, impl, precision, name, *verdict))
-    return rows
+    return Yardstick(case, dtype, device, inputs, grads, draws).check(impl)
 
 
 def _round_once(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -274,7 +295,7 @@ def _round_once(tensor: torch.Tensor, dtype: torch.dtype, generator: torch.Gener
 
     In float32 by twice that: nothing is computed more precisely there, so an elementary function errs as much as rounding does.
     """
-    signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device)
+    signs = torch.randint(0, 2, tensor.shape, generator=generator, device=generator.device)
     step = torch.finfo(dtype).eps / (1 if dtype in (torch.float32, torch.float64) else 2)
     return tensor * (1 + step * (2 * signs - 1))
 

@@ -1,4 +1,7 @@
-"""Every small case by ``impl="cuda"``, forward and backward: what compute-sanitizer watches. Argument: a tile, or ""."""
+"""Every small case by ``impl="cuda"``, forward and backward: what compute-sanitizer watches.
+
+Arguments: a tile and the number of blocks that share its depth, or ``""`` and 0 for the plan.
+"""
 
 import sys
 
@@ -6,13 +9,37 @@ import torch
 
 from laco_kernels import testing
 from laco_kernels.kernels import cuda_products
+from tests.csrc.problems import HOPPER, tiles_of
 
 
-def main(tile: str) -> None:
-    call = cuda_products.call
-    cuda_products.call = lambda extension, product, **problem: call(extension, product, **problem, tile=tile)
+def telling(call, tile="", splits=0, *, dependent=False):
+    """Return ``call`` of a product with the tile and the splits, where it is one of the tile's and its depth suffices."""
+
+    def told(extension, product, **problem):
+        if tile and tile not in tiles_of(product):  # its gradients are other tiles'
+            return call(extension, product, **problem, dependent=dependent)
+        able = splits
+        if splits > 1:
+            depth = 0
+            if product != "input_gradient":  # whose depth is never shared
+                rows = extension.Tokens(**problem["x"]._asdict())
+                # Steps along the depth, as csrc/plan.h counts them.
+                steps = rows.depth // problem["x"].channels * -(-problem["x"].channels // 64)
+                depth = steps if product == "forward" else -(-rows.rows // 64)
+            able = splits if depth >= 4 * splits else 1
+        return call(extension, product, **problem, splits=able, tile=tile, dependent=dependent)
+
+    return told
+
+
+def main(tile: str, splits: int) -> None:
+    cuda_products.call = telling(cuda_products.call, tile, splits)
+    cases = list(testing.CASES)
+    if tile in HOPPER and splits > 1:  # a depth that four blocks can share, both ways
+        sizes = {"batch": 2, "channels": 64, "hidden": 264}
+        cases = [testing.Case("patch_merge", sizes, {"grid": (46, 24), "residual": kind}) for kind in ("mean", "channel_group")]
     count = 0
-    for case in testing.CASES:
+    for case in cases:
         for dtype in (torch.bfloat16, torch.float16):
             if testing.refusal(case, "cuda", dtype, "cuda") is None:
                 inputs = case.inputs(dtype, "cuda")
@@ -25,4 +52,4 @@ def main(tile: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -14,18 +14,20 @@ IMPLS = ["triton", "composite", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def every(cases, dtypes=(torch.bfloat16,), impls=IMPLS):
-    """Cases in the implementations and precisions that can do them; a test below says what ``"cuda"`` must."""
-    wanted = [(case, impl, dtype) for case in cases for impl in impls for dtype in dtypes]
-    able = [each for each in wanted if each[1] != "cuda" or testing.refusal(*each, "cuda") is None]
-    ids = ["-".join(map(str, each if len(dtypes) > 1 else each[:2])) for each in able]
-    names = ("case", "impl", "dtype") if len(dtypes) > 1 else ("case", "impl")
-    return pytest.mark.parametrize(names, [each[: len(names)] for each in able], ids=ids)
+def every(cases, impls=IMPLS):
+    """Cases in the implementations that can do them; test_cuda_kernels.py says what ``"cuda"`` must."""
+    wanted = [(case, impl) for case in cases for impl in impls]
+    able = [each for each in wanted if each[1] != "cuda" or testing.refusal(*each, torch.bfloat16, "cuda") is None]
+    return pytest.mark.parametrize(("case", "impl"), able, ids=["-".join(map(str, each)) for each in able])
 
 
-@every([*testing.CASES, *testing.LARGE_CASES], DTYPES)
-def test_the_numerical_promise(case, impl, dtype):
-    assert not [row for row in testing.check_case(case, impl, dtype, "cuda") if not row.ok]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*testing.CASES, *testing.LARGE_CASES], ids=str)
+def test_the_numerical_promise(case, dtype):
+    able = [impl for impl in IMPLS if testing.refusal(case, impl, dtype, "cuda") is None]
+    assert {"triton", "composite"} <= {*able}
+    yardstick = testing.Yardstick(case, dtype, "cuda")
+    assert not [row for impl in able for row in yardstick.check(impl) if not row.ok]
 
 
 @every(testing.LARGE_CASES)

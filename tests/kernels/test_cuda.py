@@ -10,6 +10,8 @@ from laco_kernels.kernels import cuda, cuda_products, select
 from laco_kernels.ops.cost import Traffic
 from laco_kernels.testing import Case
 from tests.csrc.emulator import build
+from tests.csrc.problems import HOPPER, tiles_of
+from tests.gpu import small_cases, test_cuda_kernels
 from tests.kernels import emulated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,11 +24,11 @@ CAPABILITIES = ((9, 0), (8, 6)) if DEVICE == "cpu" else (None,)  # None: the GPU
 
 
 @pytest.fixture(autouse=True, scope="module", params=CAPABILITIES, ids=str)
-def _kernels(request):
+def capability(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
             emulated.emulate(patch, request.param)
-        yield
+        yield request.param or torch.cuda.get_device_capability()
 
 
 def check(case, inputs=None, *, dtype=BF16):
@@ -65,6 +67,32 @@ ABLE = [
 def test_cases(case, dtype):
     assert testing.refusal(case, "cuda", dtype, DEVICE) is None
     check(case, dtype=dtype)
+
+
+@pytest.mark.parametrize("case", test_cuda_kernels.CASES, ids=str)
+def test_what_is_tested_on_a_gpu_is_what_it_does(case):
+    for dtype in DTYPES:
+        assert testing.refusal(case, "cuda", dtype, DEVICE) is None
+
+
+PLANS = [(tile, splits) for tile, (*_, shares) in HOPPER.items() for splits in ((1, 2, 4) if shares else (1,))]
+
+
+def test_every_tile_does_an_operator(capability, monkeypatch):
+    """Asked for as tests on a GPU ask: forward products and gradients, of rows and of depths that blocks can share."""
+    case = merge(batch=90, channels=264, hidden=72, residual="channel_group")
+    yardstick, call, seen = testing.Yardstick(case, BF16, DEVICE, draws=2), cuda_products.call, set()
+
+    def noted(extension, product, **problem):
+        seen.add((product, problem.get("tile", ""), problem.get("splits", 0)))
+        return call(extension, product, **problem)
+
+    for tile, splits in PLANS if capability == (9, 0) else [("ampere", 1)]:
+        monkeypatch.setattr(cuda_products, "call", small_cases.telling(noted, tile, splits))
+        assert not [row for row in yardstick.check("cuda") if not row.ok]
+        assert ("forward", tile, splits) in seen
+        if tile in tiles_of("weight_gradient"):  # of nine steps
+            assert ("weight_gradient", tile, splits if splits < 4 else 1) in seen
 
 
 @pytest.mark.parametrize("layout", ["raster", "block"])
