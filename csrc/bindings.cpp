@@ -133,7 +133,9 @@ std::vector<std::pair<int, int>> schedule(const std::string& name, int m, int co
   const GemmTile& tile = tile_named(name);
   throw_if(m < 0 || m >= MOST || columns < 0 || columns >= MOST ? "sizes must be positive and below 2^30" : nullptr);
   throw_if(block < 0 || blocks <= block ? "there must be more blocks than the number of one" : nullptr);
-  const Schedule order((m + tile.bm - 1) / tile.bm, (columns + tile.bn - 1) / tile.bn, GROUP);
+  const int rows = (m + tile.bm - 1) / tile.bm, across = (columns + tile.bn - 1) / tile.bn;
+  throw_if(int64_t(rows) * across >= int64_t(1) << 31 ? "too many tiles" : nullptr);
+  const Schedule order(rows, across, GROUP);
   std::vector<std::pair<int, int>> found;
   for (int i = block; i < order.tiles(); i += blocks) {
     int row, column;
@@ -201,7 +203,7 @@ void define(py::module_& module, const std::string& name, const char* what, Prob
       [make](Values... values, int multiprocessors, int pairs, int quads) {
         const Problem q = make(values...);
         throw_if(refusal(q));
-        throw_if(multiprocessors < 1 ? "a GPU has multiprocessors" : nullptr);
+        throw_if(multiprocessors < 1 || pairs < 0 || quads < 0 ? "a GPU has multiprocessors" : nullptr);
         return to_dict(plan(q, Machine{multiprocessors, pairs, quads}));
       },
       "The tile, the blocks that share its depth, tiles and waves on a Hopper GPU of so many multiprocessors, on which so many "

@@ -47,7 +47,7 @@ struct GemmTile {
 // Widths may be any multiple of 16: these leave the last wave fullest for the papers' shapes.
 inline const GemmTile TILES[] = {
     {"128x256", 128, 256, 45.9, true, false, forward_128x256, input_gradient_128x256, weight_gradient_128x256},
-    {"192x144", 192, 144, 40.8, false, false, forward_192x144, nullptr, nullptr},
+    {"192x144", 192, 144, 40.7, false, false, forward_192x144, nullptr, nullptr},
     {"192x128", 192, 128, 35.5, true, true, forward_192x128, input_gradient_192x128, weight_gradient_192x128},
     {"128x192", 128, 192, 39.9, true, false, forward_128x192, input_gradient_128x192, weight_gradient_128x192},
     {"192x96", 192, 96, 31.5, false, true, forward_192x96, nullptr, nullptr},
@@ -91,7 +91,7 @@ inline Plan plan(Product product, int64_t m, int64_t columns, int64_t steps, con
     const int64_t tiles = ((m + tile.bm - 1) / tile.bm) * ((columns + tile.bn - 1) / tile.bn);
     for (int splits = 1; splits <= (product != Product::input_gradient && tile.splits ? 4 : 1); splits *= 2) {
       const int64_t at_once = machine.at_once(splits);
-      if (splits > 1 && (tiles > at_once || steps < 4 * splits)) break;
+      if (splits > 1 && (tiles > at_once || at_once < 1 || steps < 4 * splits)) break;
       const int64_t waves = (tiles + at_once - 1) / at_once;
       const double time = waves * tile.wave * ((steps + splits - 1) / splits) / STEP + (splits > 1 ? REDUCTION : 0);
       if (!best.tile || time < best.microseconds) best = {&tile, splits, tiles, waves, time};

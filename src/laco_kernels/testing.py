@@ -169,33 +169,48 @@ class Row:
     ok: bool
 
 
+class Allowance:
+    """How far a tensor may be from ``truth`` by the module's rule: worked out once, for any number of results.
+
+    ``truth`` is the float64 result, ``shaken`` are the same from inputs rounded once more, at random. Where ``eager`` is not
+    finite, a result must be not finite in the same way.
+    """
+
+    def __init__(self, eager: torch.Tensor, truth: torch.Tensor, shaken: Sequence[torch.Tensor]) -> None:
+        self.eager, self.finite = eager, eager.isfinite()
+        theirs, self.exact, *near = (t.detach().double()[self.finite] for t in (eager, truth, *shaken))
+        self.limits: list[tuple[Callable[[torch.Tensor], torch.Tensor], float, float]] = []
+        if self.exact.numel() == 0:
+            return
+        step, few = torch.finfo(eager.dtype).eps, self.exact.numel() < FEW
+        for measure in (torch.linalg.vector_norm, lambda t: t.abs().max()):
+            scale = max(float(measure(self.exact)), torch.finfo(torch.float64).tiny)
+            moved = max((float(measure(other - self.exact)) for other in near), default=0.0) * (2 if few else 1)
+            yardstick = max(float(measure(theirs - self.exact)), moved) / scale
+            self.limits.append((measure, scale, 2 * yardstick + step))
+
+    def compare(self, actual: torch.Tensor) -> tuple[float, float, bool]:
+        """Return error, budget and verdict of ``actual``; of the two measures the one nearer its budget."""
+        eager, finite = self.eager, self.finite
+        if actual.shape != eager.shape or actual.dtype != eager.dtype:
+            return float("inf"), 0.0, False
+        if not torch.equal(actual[~finite].nan_to_num(), eager[~finite].nan_to_num()) or not torch.equal(
+            actual.isnan(), eager.isnan()
+        ):
+            return float("inf"), 0.0, False
+        if not self.limits:
+            return 0.0, 0.0, True
+        off = actual.detach().double()[finite] - self.exact
+        results = [(float(measure(off)) / scale, budget) for measure, scale, budget in self.limits]
+        error, budget = max(results, key=lambda result: result[0] / result[1])
+        return error, budget, error <= budget
+
+
 def compare(
     actual: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, shaken: Sequence[torch.Tensor]
 ) -> tuple[float, float, bool]:
-    """Return error, budget and verdict of ``actual`` by the module's rule; of the two measures the one nearer its budget.
-
-    ``truth`` is the float64 result, ``shaken`` are the same from inputs rounded once more, at random. Where ``eager`` is not
-    finite, ``actual`` must be not finite in the same way.
-    """
-    if actual.shape != truth.shape or actual.dtype != eager.dtype:
-        return float("inf"), 0.0, False
-    finite = eager.isfinite()
-    if not torch.equal(actual[~finite].nan_to_num(), eager[~finite].nan_to_num()) or not torch.equal(
-        actual.isnan(), eager.isnan()
-    ):
-        return float("inf"), 0.0, False
-    ours, theirs, exact, *near = (t.detach().double()[finite] for t in (actual, eager, truth, *shaken))
-    if exact.numel() == 0:
-        return 0.0, 0.0, True
-    step = torch.finfo(actual.dtype).eps
-    results = []
-    for measure in (torch.linalg.vector_norm, lambda t: t.abs().max()):
-        scale = max(float(measure(exact)), torch.finfo(torch.float64).tiny)
-        moved = max((float(measure(other - exact)) for other in near), default=0.0) * (2 if exact.numel() < FEW else 1)
-        yardstick = max(float(measure(theirs - exact)), moved) / scale
-        results.append((float(measure(ours - exact)) / scale, 2 * yardstick + step))
-    error, budget = max(results, key=lambda result: result[0] / result[1])
-    return error, budget, error <= budget
+    """Return error, budget and verdict of one result, by :class:`Allowance` of the others."""
+    return Allowance(eager, truth, shaken).compare(actual)
 
 
 def by_name(result: torch.Tensor | dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -251,26 +266,26 @@ class Yardstick:
             grads = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
         self.grads = grads
         exact, exact_grads = ({name: tensor.double() for name, tensor in tensors.items()} for tensors in (inputs, grads))
-        self.truth = gradients(case, exact, "reference", exact_grads)
-        self.shaken = []
+        truth = gradients(case, exact, "reference", exact_grads)
+        shaken = []
         for seed in range(draws):
             generator = torch.Generator(device).manual_seed(seed)
             rounded, rounded_grads = (
                 {name: _round_once(tensor, dtype, generator) for name, tensor in tensors.items()}
                 for tensors in (exact, exact_grads)
             )
-            self.shaken.append(gradients(case, rounded, "reference", rounded_grads))
-        self.eager = gradients(case, inputs, "reference", grads)
+            shaken.append(gradients(case, rounded, "reference", rounded_grads))
+        eager = gradients(case, inputs, "reference", grads)
+        self.allowed = {name: Allowance(eager[name], truth[name], [draw[name] for draw in shaken]) for name in truth}
 
     def check(self, impl: str) -> list[Row]:
         """Return a row for every output of ``impl`` and one for every gradient."""
         actual = gradients(self.case, self.inputs, impl, self.grads)
         precision = str(self.dtype).removeprefix("torch.")
-        rows = []
-        for name, value in self.truth.items():
-            verdict = compare(actual[name], self.eager[name], value, [draw[name] for draw in self.shaken])
-            rows.append(Row(str(self.case), self.case.op, impl, precision, name, *verdict))
-        return rows
+        return [
+            Row(str(self.case), self.case.op, impl, precision, name, *allowed.compare(actual[name]))
+            for name, allowed in self.allowed.items()
+        ]
 
 
 def check_case(

@@ -266,6 +266,8 @@ def test_host_logic_refuses_what_is_no_problem(extension):
     for block, blocks in ((0, 0), (-5, 3), (3, 3)):
         with pytest.raises(ValueError, match="more blocks than the number of one"):
             extension.schedule("128x128", 100, 100, block, blocks)
+    with pytest.raises(ValueError, match="too many tiles"):
+        extension.schedule("64x64", 2**23, 2**23, 5, 2**30)
     with pytest.raises(ValueError, match="sizes must be positive"):
         extension.schedule("128x128", -1, 100, 0, 1)
 
@@ -292,6 +294,7 @@ def test_where_tiles_are_few_blocks_share_their_depth(extension):
     assert shared["microseconds"] < alone["microseconds"]
     assert plan(extension, "forward", 144, 4096, 7)["splits"] == 1  # too short a depth
     assert plan(extension, "forward", 144, 4096, 64, quads=31)["splits"] == 2  # 32 clusters would come in two waves
+    assert plan(extension, "forward", 64, 0, 64, pairs=0, quads=0)["waves"] == 0  # nothing to do, and nowhere to share it
     few = plan(extension, "forward", 64, 4096, 144)  # a window of three tokens each way, one image
     assert (few["tile"], few["splits"]) == ("64x128", 4)
 

@@ -14,16 +14,17 @@ SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/b
 ROOT = Path(__file__).parents[2]
 PLANS = [("", 0), ("ampere", 1)]
 if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-    PLANS += [("192x96", 4), ("64x64", 4)]  # through each other's shared memory
+    PLANS += [("192x96", 2), ("64x64", 2)]  # through each other's shared memory
 
 
-# Whether initcheck takes what the copy engine writes for written is not documented: its first findings want that looked at.
 @pytest.mark.skipif(SANITIZER is None or not torch.cuda.is_available(), reason="needs an NVIDIA GPU and compute-sanitizer")
 @pytest.mark.parametrize(("tile", "splits"), PLANS)
 @pytest.mark.parametrize("tool", ["memcheck", "initcheck", "synccheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool, tile, splits):
     """Forward and backward of small cases. Nothing is allowed: a first finding wants an explanation, not a list."""
-    ours = ["--kernel-regex", "kns=gemm_kernel", "--report-api-errors", "no"]  # what torch launches is not looked at
+    # What torch launches is not looked at; but by initcheck, which must know that it has written what ours read. Whether that
+    # takes what the copy engine writes for written is not documented: a first finding wants that looked at.
+    ours = ["--report-api-errors", "no", *([] if tool == "initcheck" else ["--kernel-name", "kns=gemm_kernel"])]
     program = [sys.executable, "-m", "tests.gpu.small_cases", tile, str(splits)]
     # Each tensor in an allocation of its own, so that what lies beside it is not another's.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -33,3 +34,4 @@ def test_compute_sanitizer_finds_nothing(tool, tile, splits):
     assert done.returncode == 0, said[-4000:]
     assert re.search("(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)", said), said[-4000:]
     assert re.search(r"^[1-9]\d* cases done$", said, re.MULTILINE), said[-4000:]
+    assert splits < 2 or re.search(r"^[1-9]\d* depths shared$", said, re.MULTILINE), said[-4000:]

@@ -9,11 +9,18 @@ import torch
 
 from laco_kernels import testing
 from laco_kernels.kernels import cuda_products
-from tests.csrc.problems import HOPPER, tiles_of
+from tests.csrc.problems import tiles_of
+
+# Depths that two blocks can share, of a product and of its weight's gradient.
+DEEP = {"batch": 2, "channels": 128, "hidden": 512}
+CASES = [testing.Case("patch_merge", DEEP, {"grid": (46, 24), "residual": kind}) for kind in ("mean", "channel_group")]
 
 
-def telling(call, tile="", splits=0, *, dependent=False):
-    """Return ``call`` of a product with the tile and the splits, where it is one of the tile's and its depth suffices."""
+def telling(call, tile="", splits=0, *, dependent=False, shared=None):
+    """Return ``call`` of a product with the tile and the splits, where it is one of the tile's and its depth suffices.
+
+    ``shared`` is a list that gets the products whose depth was shared.
+    """
 
     def told(extension, product, **problem):
         if tile and tile not in tiles_of(product):  # its gradients are other tiles'
@@ -27,19 +34,18 @@ def telling(call, tile="", splits=0, *, dependent=False):
                 steps = rows.depth // problem["x"].channels * -(-problem["x"].channels // 64)
                 depth = steps if product == "forward" else -(-rows.rows // 64)
             able = splits if depth >= 4 * splits else 1
+            if shared is not None and able > 1:
+                shared.append(product)
         return call(extension, product, **problem, splits=able, tile=tile, dependent=dependent)
 
     return told
 
 
 def main(tile: str, splits: int) -> None:
-    cuda_products.call = telling(cuda_products.call, tile, splits)
-    cases = list(testing.CASES)
-    if tile in HOPPER and splits > 1:  # a depth that four blocks can share, both ways
-        sizes = {"batch": 2, "channels": 64, "hidden": 264}
-        cases = [testing.Case("patch_merge", sizes, {"grid": (46, 24), "residual": kind}) for kind in ("mean", "channel_group")]
+    shared: list[str] = []
+    cuda_products.call = telling(cuda_products.call, tile, splits, shared=shared)
     count = 0
-    for case in cases:
+    for case in CASES if splits > 1 else testing.CASES:
         for dtype in (torch.bfloat16, torch.float16):
             if testing.refusal(case, "cuda", dtype, "cuda") is None:
                 inputs = case.inputs(dtype, "cuda")
@@ -48,6 +54,7 @@ def main(tile: str, splits: int) -> None:
                 testing.gradients(case, inputs, "cuda", grad)
                 count += 1
     torch.cuda.synchronize()
+    print(f"{len(shared)} depths shared")
     print(f"{count} cases done")
 
 

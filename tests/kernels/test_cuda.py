@@ -75,6 +75,17 @@ def test_what_is_tested_on_a_gpu_is_what_it_does(case):
         assert testing.refusal(case, "cuda", dtype, DEVICE) is None
 
 
+def test_the_sanitizer_sees_depths_that_are_shared(capability, monkeypatch):
+    for tile in ("192x96", "64x64") if capability == (9, 0) else ():
+        shared = []
+        monkeypatch.setattr(cuda_products, "call", small_cases.telling(lambda *_, **__: None, tile, 2, shared=shared))
+        for case in small_cases.CASES:
+            inputs = case.inputs(BF16, DEVICE)
+            testing.gradients(case, inputs, "cuda", torch.ones_like(case(inputs, "reference")))
+        assert ("weight_gradient" in shared) == (tile == "64x64")
+        assert shared.count("forward") == 2 * len(small_cases.CASES)
+
+
 PLANS = [(tile, splits) for tile, (*_, shares) in HOPPER.items() for splits in ((1, 2, 4) if shares else (1,))]
 
 

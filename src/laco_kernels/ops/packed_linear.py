@@ -191,7 +191,8 @@ def _compute_backward(
     rows = grad.reshape(-1, grad.shape[-1])
     dx = grad @ weight.to(grad.dtype) if needs[0] else None
     dweight = None
-    if needs[1] and x is not None:  # the only gradient that is made of x
+    if needs[1]:  # the only gradient that is made of x, kept for it
+        assert x is not None
         dweight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
     wide = torch.promote_types(grad.dtype, torch.float32)
     dbias = rows.sum(0, dtype=wide).to(bias_dtype) if needs[2] else None
