@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PY ?= $(BIN)/python
+GPU_JOBS ?= 8  # processes that share a GPU in its tests: most of their time goes to compiling
 JOBS ?= 2  # processes that tests run in, a file's in one of them, as what a file prepares is prepared once
 OLDEST := torch==2.11.0 triton==3.6.0  # the oldest versions supported
 SHELL := /bin/bash
@@ -44,7 +45,7 @@ gpu: $(READY)  ## everything a newly available GPU should do, in nine minutes: t
 	$(PY) benchmarks/gpu.py $(GPU)
 
 gpu-test: $(READY)  ## what only a GPU can show, and the kernels' tests compiled
-	$(BIN)/pytest tests/gpu tests/kernels
+	$(BIN)/pytest tests/gpu tests/kernels -k "not resources" -n $(GPU_JOBS) --hypothesis-profile=gpu
 
 gpu-sanitize: $(READY)  ## compute-sanitizer on the CUDA kernels; minutes
 	$(BIN)/pytest tests/gpu/sanitize.py

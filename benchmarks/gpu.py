@@ -77,10 +77,10 @@ def main() -> int:
         run(tune, folder / "tune.log", time.monotonic() + RESERVE)
         code = measure(options, results, folder, deadline)
         tuned = run(tune, folder / "tune.log", time.monotonic() + RESERVE)
-        left = f"{max(deadline + TILES - time.monotonic() - 20, 5):.0f}"  # for its start and its last shape
-        products = [sys.executable, "benchmarks/products.py", *(["--check"] if options.tiny else ["--seconds", left])]
-        code_of_products = run(products, folder / "products.txt", deadline + TILES)
-        outcome["products"] = {0: "measured", None: LATE}.get(code_of_products, "failed")
+        left = max(deadline + TILES - time.monotonic() - 15, 0)  # for starting, and for the shape that was begun last
+        products = [sys.executable, "benchmarks/products.py", *(["--check"] if options.tiny else ["--seconds", f"{left:.0f}"])]
+        measured = run(products, folder / "products.txt", deadline + TILES)
+        outcome["products"] = {0: "measured", None: LATE}.get(measured, "failed")
         keep(results, folder)
         if table.exists():
             shutil.copy(table, folder / "winners.json")

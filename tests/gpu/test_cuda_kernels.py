@@ -8,12 +8,14 @@ from laco_kernels.kernels import cuda_products, select
 from laco_kernels.testing import Case
 from tests.csrc.problems import HOPPER as HOPPERS_TILES
 from tests.csrc.test_build import NVCC
-from tests.gpu import small_cases
+from tests.gpu import small_cases, test_gpu
 
+OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 MISSING = select.unavailable("cuda", torch.device("cuda"), torch.bfloat16)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(OLD, reason="needs compute capability 8.0 (Ampere) or newer"),
     # Where it could have been built, its tests do not pass by being left out.
     pytest.mark.skipif(MISSING is not None and NVCC is None, reason=f"needs the CUDA extension: {MISSING}"),
 ]
@@ -63,22 +65,39 @@ def test_launches_that_overlap_compute_the_same(case, tile, splits, told):
         assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+AGAIN = (test_gpu.test_a_captured_graph_replays_forward_and_backward, test_gpu.test_two_streams_do_not_disturb_each_other)
+
+
+@pytest.mark.skipif(not HOPPER, reason="the GPU is no Hopper")
+@pytest.mark.parametrize(("tile", "splits", "dependent"), [("", 0, True), ("64x128", 2, False)])
+@pytest.mark.parametrize("case", {case.op: case for case in CASES}.values(), ids=str)  # one of each operator
+@pytest.mark.parametrize("test", AGAIN, ids=lambda test: test.__name__)
+def test_graphs_and_streams_on_other_plans(test, case, tile, splits, dependent, told):
+    told(tile, splits, dependent)
+    test(case, "cuda")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_does_the_papers_shapes(case):
     assert testing.refusal(case, "cuda", torch.bfloat16, "cuda") is None
 
 
-@pytest.mark.parametrize("layout", ["raster", "block"])
-@pytest.mark.parametrize("residual", ["mean", "channel_group", "none"])
-@pytest.mark.parametrize("batch", [1, 3, 64])
-def test_tokens_with_gaps(batch, residual, layout):
-    """Encoder tokens that lie in something wider, with class and register tokens; many tiles."""
-    case = Case(
+WITH_GAPS = [
+    Case(
         "patch_merge",
         {"batch": batch, "channels": 1024, "hidden": 1536},
         {"grid": (24, 24), "layout": layout, "residual": residual, "prefix_tokens": 5},
     )
+    for batch in (1, 3, 64)
+    for residual in ("mean", "channel_group", "none")
+    for layout in ("raster", "block")
+]
+
+
+@pytest.mark.parametrize("case", WITH_GAPS, ids=str)
+def test_tokens_with_gaps(case):
+    """Encoder tokens that lie in something wider, with class and register tokens; many tiles."""
     inputs = case.inputs(torch.bfloat16, "cuda")
     x = inputs["x"]
-    inputs["x"] = x.new_full((batch, x.shape[1] + 3, 1024 + 64), float("nan"))[:, 2:-1, 64:].copy_(x)
+    inputs["x"] = x.new_full((len(x), x.shape[1] + 3, 1024 + 64), float("nan"))[:, 2:-1, 64:].copy_(x)
     assert not [row for row in testing.check_case(case, "cuda", torch.bfloat16, "cuda", inputs) if not row.ok]

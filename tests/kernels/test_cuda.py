@@ -69,7 +69,7 @@ def test_cases(case, dtype):
     check(case, dtype=dtype)
 
 
-@pytest.mark.parametrize("case", test_cuda_kernels.CASES, ids=str)
+@pytest.mark.parametrize("case", [*test_cuda_kernels.CASES, *test_cuda_kernels.WITH_GAPS], ids=str)
 def test_what_is_tested_on_a_gpu_is_what_it_does(case):
     for dtype in DTYPES:
         assert testing.refusal(case, "cuda", dtype, DEVICE) is None
