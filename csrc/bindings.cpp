@@ -182,8 +182,11 @@ py::dict operands(const Problem& q, const std::string& name, int splits) {
                  "out_tokens"_a = address_of(p.out_tokens), "bias"_a = address_of(p.bias), "sums"_a = address_of(p.sums),
                  "out_prefix"_a = p.out_prefix, "residual_kind"_a = int(p.residual_kind), "m"_a = p.m, "n"_a = p.n,
                  "columns"_a = p.columns, "steps"_a = p.steps, "channel_steps"_a = p.channel_steps, "taps"_a = p.taps,
-                 "chunks_a_tap"_a = p.chunks_a_tap, "splits"_a = p.splits, "has_second"_a = bool(p.has_second), "copied"_a = copied);
-  for (const auto& [key, map] : {std::pair("other", &maps.other), {"out", &maps.out}, {"second", &maps.second}, {"added", &maps.added}}) {
+                 "chunks_a_tap"_a = p.chunks_a_tap, "splits"_a = p.splits, "has_second"_a = bool(p.has_second),
+                 "copied"_a = copied);
+  const std::pair<const char*, const Map*> others[] = {
+      {"other", &maps.other}, {"out", &maps.out}, {"second", &maps.second}, {"added", &maps.added}};
+  for (const auto& [key, map] : others) {
     if (map->rank) found[key] = to_dict(*map);
   }
   return found;

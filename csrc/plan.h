@@ -62,8 +62,8 @@ LaunchForward forward_ampere;
 LaunchInputGradient input_gradient_ampere;
 LaunchWeightGradient weight_gradient_ampere;
 
-// What of a GPU a plan depends on. The blocks of a cluster lie in one part of it, and parts differ: of an H100's 132 multiprocessors
-// clusters of four leave eight idle, or four.
+// What of a GPU a plan depends on. The blocks of a cluster lie in one part of it, and parts differ: of an H100's 132
+// multiprocessors clusters of four leave eight idle, or four.
 struct Machine {
   int multiprocessors;
   int pairs, quads;  // clusters of two and of four blocks that run at once

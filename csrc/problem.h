@@ -100,8 +100,8 @@ inline bool is_misaligned(std::initializer_list<const void*> pointers) {
   return false;
 }
 
-constexpr int64_t MOST = int64_t(1) << 30;        // rows, and numbers of a row: kernels count both in 32 bits
-constexpr int64_t FARTHEST = int64_t(1) << 39;  // elements from one token or image to the next, as the copy engine counts bytes in 40
+constexpr int64_t MOST = int64_t(1) << 30;      // rows, and numbers of a row: kernels count both in 32 bits
+constexpr int64_t FARTHEST = int64_t(1) << 39;  // elements to the next token or image: the copy engine has 40 bits for bytes
 constexpr const char* LONG = "a row is too long for 32-bit numbers";
 constexpr const char* MISSING = "a pointer is null that must not be";
 
@@ -114,7 +114,9 @@ inline const char* refusal(const Tokens& t) {
   if (t.rows() >= MOST) return "too many rows for 32-bit row numbers";
   if (t.depth() >= MOST) return LONG;
   if (t.channels % 8 || t.stride_t % 8 || t.stride_b % 8) return "channels, n and strides must be multiples of 8";
-  if (t.stride_t >= FARTHEST / tokens || (t.batch > 1 && t.stride_b >= FARTHEST)) return "strides must be shorter than 2^39 elements";
+  if (t.stride_t >= FARTHEST / tokens || (t.batch > 1 && t.stride_b >= FARTHEST)) {
+    return "strides must be shorter than 2^39 elements";
+  }
   if (t.stride_t < t.channels || (t.batch > 1 && t.stride_b < tokens * t.stride_t)) return "tokens or images overlap";
   for (int i = 0; i < t.num_sources; ++i) {
     if (t.batch > 0 && !t.sources[i]) return MISSING;

@@ -1,6 +1,7 @@
 """Run as a program: the kernels inside an encoder, compiled for sm_90 and launched on a driver that only takes notes."""
 
 import sys
+from importlib.util import find_spec
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -133,7 +134,8 @@ def main():
         LOOKUPS.clear()
         run_activate(x, "quick_gelu", "triton")
         assert len(LOOKUPS) == 1
-    check_layers()
+    if find_spec("transformers"):  # which `make test-oldest` is without
+        check_layers()
     print("passed")
 
 
