@@ -106,10 +106,14 @@ const char* run(const Problem& q, const std::string& tile, int splits, bool depe
   Launch how{reinterpret_cast<cudaStream_t>(stream), 1, dependent && major >= 9};
   if (tile == "ampere" || (tile.empty() && (major != 9 || !HAS_HOPPER))) return ampere(q, how);
   if (major != 9) return "this tile needs a GPU of compute capability 9.0";
-  const Plan chosen = plan(q, machine_of(device, multiprocessors));
-  const GemmTile* wanted = tile.empty() ? chosen.tile : find_tile(tile);
+  const GemmTile* wanted = find_tile(tile);
+  how.splits = splits ? splits : 1;
+  if (tile.empty()) {
+    const Plan chosen = plan(q, machine_of(device, multiprocessors));
+    wanted = chosen.tile;
+    if (!splits) how.splits = chosen.splits;
+  }
   if (wanted == nullptr) return "no tile of that name";
-  how.splits = splits ? splits : tile.empty() ? chosen.splits : 1;
   if (const char* error = refusal(q, *wanted, how.splits)) return error;
   return hopper(*wanted, q, how);
 }

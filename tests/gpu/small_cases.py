@@ -27,18 +27,20 @@ def telling(call, tile="", splits=0, *, dependent=False, shared=None):
             return call(extension, product, **problem, dependent=dependent)
         able = splits
         if splits > 1:
-            depth = 0
-            if product != "input_gradient":  # whose depth is never shared
-                rows = extension.Tokens(**problem["x"]._asdict())
-                # Steps along the depth, as csrc/plan.h counts them.
-                steps = rows.depth // problem["x"].channels * -(-problem["x"].channels // 64)
-                depth = steps if product == "forward" else -(-rows.rows // 64)
-            able = splits if depth >= 4 * splits else 1
+            able = splits if has_steps(extension, product, problem, tile, 4 * splits) else 1
             if shared is not None and able > 1:
                 shared.append(product)
         return call(extension, product, **problem, splits=able, tile=tile, dependent=dependent)
 
     return told
+
+
+def has_steps(extension, product, problem, tile, fewest):
+    """Whether the product's depth, which is no input gradient's, has so many steps."""
+    if product == "input_gradient":
+        return False
+    told = {name: of for name, of in problem.items() if name not in ("device", "stream")}
+    return getattr(extension, f"{product}_operands")(**cuda_products.arguments(extension, told), tile=tile)["steps"] >= fewest
 
 
 def main(tile: str, splits: int) -> None:

@@ -269,13 +269,17 @@ def _call(product: str, device: torch.device, **problem: Any) -> None:
         call(select.extension(), product, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream, **problem)
 
 
+def arguments(extension: Any, problem: dict[str, Any]) -> dict[str, Any]:
+    """Return a problem as the extension takes it, with tokens of its own."""
+    return {name: extension.Tokens(**of._asdict()) if isinstance(of, Tokens) else of for name, of in problem.items()}
+
+
 def call(extension: Any, product: str, **problem: Any) -> None:
     """Have the extension's ``product`` done.
 
     Raises:
         RuntimeError: if it says what is wrong.
     """
-    told = {name: extension.Tokens(**of._asdict()) if isinstance(of, Tokens) else of for name, of in problem.items()}
-    error = getattr(extension, product)(**told)
+    error = getattr(extension, product)(**arguments(extension, problem))
     if error is not None:
         raise RuntimeError(f"impl='cuda': the kernel was not launched: {error}")

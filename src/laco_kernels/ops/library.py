@@ -162,10 +162,7 @@ def _function(name: str, body: Callable[..., Any], prepare: Callable[..., None],
 
 
 def plain_apply(kind: type) -> Callable[..., Any]:
-    """Return ``kind.apply`` for where :func:`is_direct`: without a look at each argument, as ``torch.func`` may have left it.
-
-    With ten arguments it takes 6.7 us in place of 9.7 us, on the processor of ``make demo``.
-    """
+    """Return ``kind.apply`` for where :func:`is_direct`: it looks at no argument, which ``torch.func`` may have left behind."""
     applied: Callable[..., Any] = super(torch.autograd.Function, kind).apply  # type: ignore[misc]
     return applied
 
